@@ -1,0 +1,1 @@
+"""Plan an LLM training run before you pay for it."""
