@@ -1,0 +1,104 @@
+"""Model families: an HF configuration in, a `ModelSpec` and its ops out.
+
+One file per family registers an `Architecture` under the `model_type`s that it reads. A new family is one new file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from planner.architectures._config import Config
+from planner.errors import InputError, nearest
+from planner.files import DATA_DIR, read_json, read_yaml
+from planner.model_spec import ModelSpec
+from planner.ops import Op
+from planner.registry import Registry, unknown_name
+
+__all__ = ["ARCHITECTURES", "Architecture", "ModelOps", "load_model", "model_ops", "preset_names", "preset_record"]
+
+
+@dataclass(frozen=True)
+class ModelOps:
+    """A model as lists of ops. `layers` holds, for each block from input to output, an index into `blocks`."""
+
+    embedding: tuple[Op, ...]
+    blocks: tuple[tuple[str, tuple[Op, ...]], ...]
+    """(name, ops) of each distinct kind of block."""
+    layers: tuple[int, ...]
+    head: tuple[Op, ...]
+
+
+class Architecture(Protocol):
+    """A family: how its configuration reads, and which ops it runs."""
+
+    def read(self, config: Config) -> ModelSpec:
+        """ModelSpec of an HF configuration."""
+        ...
+
+    def ops(self, spec: ModelSpec) -> ModelOps:
+        """Ops of the model, from embedding to loss."""
+        ...
+
+
+ARCHITECTURES: Registry[Architecture] = Registry("model_type", "planner.architectures")
+
+
+def model_ops(spec: ModelSpec) -> ModelOps:
+    """Ops of `spec`, by its family."""
+    return ARCHITECTURES[spec.family].ops(spec)
+
+
+def preset_names() -> list[str]:
+    """Names of the models shipped under data/models/."""
+    return sorted(path.stem for path in (DATA_DIR / "models").glob("*.yaml"))
+
+
+def preset_record(name: str) -> dict[str, Any]:
+    """The file of one preset: config, published parameter count, source, date.
+
+    Raises:
+        InputError: unknown name.
+    """
+    path = DATA_DIR / "models" / f"{name}.yaml"
+    if not name.replace("-", "").replace(".", "").replace("_", "").isalnum() or not path.is_file():
+        raise unknown_name("model", name, preset_names(), " (or give a path to an HF config.json)")
+    record: dict[str, Any] = read_yaml(path)
+    return record
+
+
+def load_model(model: str | Mapping[str, Any]) -> ModelSpec:
+    """The model that a user named.
+
+    Args:
+        model: a preset, a path to an HF `config.json` (or to the folder that holds it), or a mapping with its keys.
+    Raises:
+        InputError: unknown preset or model_type, unreadable file, missing or impossible keys.
+    """
+    if isinstance(model, Mapping):
+        return _read_config(dict(model), str(model.get("name", "inline")), "model")
+    if not isinstance(model, str):
+        raise InputError.single("model", model, "is a preset name, a path to config.json, or a mapping of its keys", "write e.g. model: llama-3.1-8b")
+    path = Path(model)
+    looks_like_path = "/" in model or model.endswith(".json")
+    if looks_like_path or (model not in preset_names() and path.exists() and "\0" not in model):
+        file = path / "config.json" if "\0" not in model and path.is_dir() else path
+        config = read_json(file)
+        if not isinstance(config, dict):
+            raise InputError.single("model", config, "config.json must hold one JSON object", "give the config.json of an HF model", str(file))
+        name = file.parent.name if file.name == "config.json" and file.parent.name else file.stem
+        return _read_config(config, name, str(file))
+    return _read_config(preset_record(model)["config"], model, f"preset {model}")
+
+
+def _read_config(config: dict[str, Any], name: str, where: str) -> ModelSpec:
+    model_type = config.get("model_type")
+    known = sorted(ARCHITECTURES)
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        close = nearest(model_type, known)
+        hint = f"did you mean {', '.join(close)}? " if close else ""
+        rule = "must name a known family" if model_type is not None else "is required: it names the model's family"
+        raise InputError.single("model.model_type", model_type, rule, f"{hint}known: {', '.join(known)}", where)
+    return ARCHITECTURES[model_type].read(Config(config, name, where))

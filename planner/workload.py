@@ -1,0 +1,41 @@
+"""Workload: what is trained on, how much of it, and with which recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from planner.spec import Count, PositiveInt, Spec
+
+__all__ = ["Workload"]
+
+
+class Workload(Spec):
+    """One training job; a step is one optimizer step over `global_batch_size` sequences.
+
+    Keys left out are guessed by `estimate` and listed among the plan's assumptions.
+    """
+
+    job: Literal["pretrain", "finetune", "lora"] = "pretrain"
+    seq_len: PositiveInt | None = None
+    """Tokens per sequence; for encoder-decoder models on either side."""
+    global_batch_size: PositiveInt | None = None
+    """Sequences per step."""
+    tokens: Count | None = None
+    """Training tokens in all."""
+    precision: Literal["fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"] = "bf16"
+    optimizer: Literal["adamw", "sgd", "sgd_momentum", "adafactor", "adamw_8bit", "muon"] = "adamw"
+    recompute: Literal["none", "selective", "full"] = "none"
+    attention_kernel: Literal["auto", "flash", "unfused"] = "auto"
+    """`auto`: what the software stack uses."""
+    loss_kernel: Literal["auto", "fused", "unfused", "chunked"] = "auto"
+    """`unfused` keeps fp32 logits and probabilities; `fused` one copy in the compute format; `chunked` an eighth of it."""
+    lora_rank: PositiveInt | None = None
+    """Rank of the adapters on all linear layers of the blocks; only with job: lora."""
+
+    @model_validator(mode="after")
+    def _lora_rank_only_with_lora(self) -> Workload:
+        if self.lora_rank is not None and self.job != "lora":
+            raise ValueError(f"lora_rank belongs to job: lora, not to job: {self.job}; leave lora_rank out or set job: lora")
+        return self
