@@ -1,0 +1,157 @@
+"""Pipeline schedules: the order of microbatches on each stage, and what that order costs.
+
+One file per schedule registers one `Schedule`. Everything is pure and takes arrays: `pp` and `num_virtual_stages` are
+ints (callers group layouts by them), `num_microbatches` is an int or an array [...], and whatever differs between stages
+has the stage axis last, [..., pp].
+
+The times are longest paths through the graph of dependencies, in closed form: a path walks into one stage (the one that
+paces the step), stays on it for all microbatches, and walks out; the makespan is the longest over the stages. An
+event-driven simulator (`planner.schedules._simulate`) runs the very action lists of `timeline` and is what the closed forms
+are tested against.
+
+Leaves out: interference of transfers with compute (a transfer delays only who waits for it), and contention of transfers
+with one another.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from planner.errors import InputError, Problem
+from planner.registry import Registry
+
+__all__ = ["SCHEDULES", "Action", "Schedule", "after", "before", "check_schedule"]
+
+FloatArray = NDArray[np.float64]
+
+
+class Action(NamedTuple):
+    """One piece of work of one pipeline stage."""
+
+    stage: int
+    """Pipeline rank, 0 .. pp - 1."""
+    kind: Literal["F", "B", "W"]
+    """F forward; B backward, for the inputs only where the list has a W for the same microbatch and chunk; W for the weights."""
+    microbatch: int
+    chunk: int
+    """Which of the rank's model chunks, 0 .. num_virtual_stages - 1."""
+
+
+class Schedule(ABC):
+    """A pipeline schedule."""
+
+    name: str
+    """As in `layout.schedule`."""
+    needs_virtual_stages: bool = False
+    """Whether num_virtual_stages must be 2 or more."""
+    parameter_copies: int = 1
+    """How often the pipeline as a whole stores the model. The model is cut into pp * num_virtual_stages / parameter_copies slices."""
+
+    @abstractmethod
+    def problems(self, pp: int, num_virtual_stages: int, num_microbatches: int) -> list[tuple[str, str]]:
+        """(rule, fix) for every rule that the combination breaks; empty when it is legal."""
+
+    def legal(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> NDArray[np.bool_]:
+        """Where the combination is legal, [...] as num_microbatches. The same rules as `problems`."""
+        distinct, index = np.unique(np.asarray(num_microbatches), return_inverse=True)
+        verdicts = np.array([not self.problems(pp, num_virtual_stages, int(m)) for m in distinct], dtype=bool)
+        return np.asarray(verdicts[index].reshape(np.shape(num_microbatches)))
+
+    @abstractmethod
+    def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+        """Peak activations held per stage, [..., pp], in units of one microbatch through all layers of that stage."""
+
+    @abstractmethod
+    def makespan_s(
+        self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, p2p_s: ArrayLike,
+        pp: int, num_virtual_stages: int, num_microbatches: ArrayLike,
+    ) -> FloatArray:  # fmt: skip
+        """Seconds from the first forward to the last backward of one step, [...].
+
+        Args:
+            forward_s: one microbatch through all layers of the stage (all chunks together), [..., pp].
+            backward_input_s: gradient of the inputs, likewise, recompute included.
+            backward_weight_s: gradient of the weights, likewise.
+            p2p_s: one activation, or one gradient of it, from a stage to its neighbour, [...].
+            pp, num_virtual_stages: one pipeline structure.
+            num_microbatches: per step and pipeline, [...].
+        """
+
+    @abstractmethod
+    def timeline(self, pp: int, num_virtual_stages: int, num_microbatches: int) -> list[list[Action]]:
+        """What each stage does, in order: pp lists."""
+
+    def position(self, stage: int, chunk: int, pp: int) -> int:
+        """Which slice of the model, 0 .. pp * num_virtual_stages / parameter_copies - 1, a chunk of a stage is."""
+        return chunk * pp + stage
+
+    def resident(self, per_stage: ArrayLike) -> FloatArray:
+        """What a device holds of something that the model's slices hold: `per_stage` itself, or with the slices' second copies. [..., pp]."""
+        return np.asarray(per_stage, dtype=float)
+
+    def busy_s(self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, num_microbatches: ArrayLike) -> FloatArray:
+        """Seconds of work of each stage in one step, [..., pp]; the makespan is at least the largest."""
+        whole = np.asarray(forward_s, float) + np.asarray(backward_input_s, float) + np.asarray(backward_weight_s, float)
+        return np.asarray(np.asarray(num_microbatches)[..., None] * self.resident(whole) / self.parameter_copies)
+
+    def bubble_s(
+        self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, p2p_s: ArrayLike,
+        pp: int, num_virtual_stages: int, num_microbatches: ArrayLike,
+    ) -> FloatArray:  # fmt: skip
+        """Seconds that the busiest stage waits in one step, [...]: makespan less the work of that stage. Never negative."""
+        makespan = self.makespan_s(forward_s, backward_input_s, backward_weight_s, p2p_s, pp, num_virtual_stages, num_microbatches)
+        return np.asarray(makespan - self.busy_s(forward_s, backward_input_s, backward_weight_s, num_microbatches).max(axis=-1))
+
+
+SCHEDULES: Registry[Schedule] = Registry("layout.schedule", "planner.schedules")
+
+
+def check_schedule(schedule: str, pp: int, num_virtual_stages: int, num_microbatches: int) -> None:
+    """Refuses a pipeline that the schedule cannot run.
+
+    Raises:
+        InputError: unknown schedule, or one Problem per broken rule.
+    """
+    found = SCHEDULES[schedule].problems(pp, num_virtual_stages, num_microbatches)
+    if found:
+        given = f"{schedule}, pp {pp}, num_virtual_stages {num_virtual_stages}, {num_microbatches} microbatches"
+        raise InputError(*(Problem("layout.schedule", given, rule, fix) for rule, fix in found))
+
+
+def before(per_stage: FloatArray) -> FloatArray:
+    """Sum over the earlier stages, [..., pp].
+
+    Example: >>> before(np.array([1.0, 2.0, 4.0])).tolist()
+             [0.0, 1.0, 3.0]
+    """
+    return np.asarray(np.cumsum(per_stage, axis=-1) - per_stage)
+
+
+def after(per_stage: FloatArray) -> FloatArray:
+    """Sum over the later stages, [..., pp].
+
+    Example: >>> after(np.array([1.0, 2.0, 4.0])).tolist()
+             [6.0, 4.0, 0.0]
+    """
+    return before(per_stage[..., ::-1])[..., ::-1]
+
+
+def stage_arrays(pp: int, *per_stage: ArrayLike) -> list[FloatArray]:
+    """Each as floats [..., pp]; a number means that all stages are alike."""
+    arrays = [np.asarray(x, dtype=float) for x in per_stage]
+    return [x if x.ndim and x.shape[-1] == pp else np.broadcast_to(x, (pp,)) if x.ndim == 0 else _bad_axis(x, pp) for x in arrays]
+
+
+def _bad_axis(x: FloatArray, pp: int) -> Any:
+    raise ValueError(f"the last axis must be the {pp} stages, and the shape is {x.shape}")
+
+
+def only_one_chunk(name: str, num_virtual_stages: int) -> list[tuple[str, str]]:
+    """The rule of the schedules that know no virtual stages."""
+    if num_virtual_stages == 1:
+        return []
+    return [(f"{name} runs one model chunk per stage, and num_virtual_stages = {num_virtual_stages}", "set num_virtual_stages: 1, or schedule: interleaved_1f1b")]
