@@ -22,7 +22,9 @@ from planner.errors import InputError
 
 __all__ = ["DATA_DIR", "parse_json", "parse_yaml", "read_json", "read_text", "read_yaml", "to_json", "to_yaml", "write_text"]
 
-DATA_DIR = Path(__file__).resolve().parent.parent / "data"
+_PACKAGED_DATA = Path(__file__).resolve().parent / "data"
+DATA_DIR = _PACKAGED_DATA if _PACKAGED_DATA.is_dir() else _PACKAGED_DATA.parent.parent / "data"
+"""Where the catalog lies: inside the installed package, or at the root of a checkout."""
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 
