@@ -11,12 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from planner.errors import InputError, Problem
-from planner.model_spec import ModelSpec
 from planner.spec import PositiveInt, Spec
 from planner.units import format_count
 
-__all__ = ["Layout", "LayoutArrays", "PartialLayout", "check_layout"]
+__all__ = ["Layout", "LayoutArrays", "PartialLayout", "describe_layout"]
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "dualpipe"]
 
@@ -106,60 +104,6 @@ class LayoutArrays:
             **{name: np.asarray(getattr(self, name))[index] for name in names},
             pp=self.pp, num_virtual_stages=self.num_virtual_stages, schedule=self.schedule,
         )  # fmt: skip
-
-
-def _divisors(number: int) -> str:
-    found = [d for d in range(1, min(number, 4096) + 1) if number % d == 0]
-    return ", ".join(str(d) for d in found[:16]) + (", ..." if len(found) > 16 else "")
-
-
-def check_layout(layout: Layout, model: ModelSpec, num_devices: int, seq_len: int, global_batch_size: int) -> None:
-    """Every rule of arithmetic that a layout must keep; memory is not one of them.
-
-    Raises:
-        InputError: one Problem per broken rule, each with the legal values.
-    """
-    problems: list[Problem] = []
-
-    def rule(holds: bool, key: str, text: str, fix: str) -> None:
-        if not holds:
-            problems.append(Problem(f"layout.{key}", getattr(layout, key), text, fix))
-
-    world, heads, moe = layout.num_devices, model.num_attention_heads, model.moe
-    if world != num_devices:
-        product = f"dp_replicate*dp_shard*tp*cp*pp = {layout.dp_replicate}*{layout.dp_shard}*{layout.tp}*{layout.cp}*{layout.pp} = {world}"
-        fix = f"use cluster.num_devices: {world}, or degrees whose product is {num_devices}"
-        problems.append(Problem("layout", product, f"the product must equal cluster.num_devices = {num_devices}", fix))
-    rule(heads % layout.tp == 0, "tp", f"must divide num_attention_heads = {heads}", f"use one of {_divisors(heads)}")
-    kv_heads = model.num_key_value_heads
-    rule(layout.tp <= kv_heads or layout.tp % kv_heads == 0, "tp", f"must divide, or be a multiple of, num_key_value_heads = {kv_heads}", f"use one of {_divisors(kv_heads)}")
-    rule(layout.tp >= kv_heads or kv_heads % layout.tp == 0, "tp", f"must divide num_key_value_heads = {kv_heads}", f"use one of {_divisors(kv_heads)}")
-    rule(model.intermediate_size % layout.tp == 0, "tp", f"must divide intermediate_size = {model.intermediate_size}", "use a smaller power of two")
-    rule(layout.pp * layout.num_virtual_stages <= model.num_layers, "pp", f"pp * num_virtual_stages = {layout.pp * layout.num_virtual_stages} must not exceed num_layers = {model.num_layers}", f"use pp of at most {max(model.num_layers // layout.num_virtual_stages, 1)}")
-    rule(seq_len % (2 * layout.cp if layout.cp > 1 else 1) == 0, "cp", f"2*cp must divide seq_len = {seq_len} (each rank holds two slices, so that causal work is even)", "use a power of two")
-    rule(not layout.sequence_parallel or (seq_len // layout.cp) % layout.tp == 0, "sequence_parallel", f"tp = {layout.tp} must divide seq_len / cp = {seq_len / layout.cp:g}", "change seq_len or tp")
-    rule(not layout.sequence_parallel or layout.tp > 1, "sequence_parallel", "splits the sequence over the tp ranks, and tp = 1", "set sequence_parallel: false or tp: 2")
-    rule(layout.zero_stage > 0 or layout.dp_shard == 1, "zero_stage", f"stage 0 shards nothing, but dp_shard = {layout.dp_shard}", f"use zero_stage: 1, 2 or 3, or dp_replicate: {layout.dp} with dp_shard: 1")
-    per_round = layout.dp * layout.micro_batch_size
-    rule(global_batch_size % per_round == 0, "micro_batch_size", f"global_batch_size = {global_batch_size} must be a multiple of dp * micro_batch_size = {layout.dp} * {layout.micro_batch_size} = {per_round}", f"use global_batch_size {max(global_batch_size // per_round, 1) * per_round} or {-(-global_batch_size // per_round) * per_round}")
-    if moe is None:
-        rule(layout.ep == 1, "ep", f"{model.name} has no experts", "set ep: 1")
-    else:
-        stage_world = layout.dp * layout.cp * layout.tp
-        rule(moe.num_experts % layout.ep == 0, "ep", f"must divide num_experts = {moe.num_experts}", f"use one of {_divisors(moe.num_experts)}")
-        rule(stage_world % layout.ep == 0, "ep", f"must divide dp*cp*tp = {stage_world}, the devices of one pipeline stage", f"use one of {_divisors(stage_world)}")
-        rule(layout.ep == 1 or layout.tp == 1 or layout.sequence_parallel, "ep", "with tp > 1 every tp rank must route its own tokens", "set sequence_parallel: true")
-        rule(layout.ep > 1 or moe.intermediate_size % layout.tp == 0, "tp", f"must divide the experts' intermediate_size = {moe.intermediate_size} when ep = 1", "use a smaller tp, or ep > 1")
-    if problems:
-        raise InputError(*_without_repeats(problems))
-
-
-def _without_repeats(problems: list[Problem]) -> list[Problem]:
-    """One problem per (key, rule): the two head rules overlap."""
-    seen: dict[tuple[str, str], Problem] = {}
-    for problem in problems:
-        seen.setdefault((problem.key, problem.rule), problem)
-    return list(seen.values())
 
 
 def describe_layout(layout: Layout) -> str:

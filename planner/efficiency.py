@@ -1,0 +1,260 @@
+"""How fast a software stack runs an op of a given kind and size on a given accelerator.
+
+In: a stack file (`data/stacks/*.yaml`), the attention curves (`data/attention_kernels.yaml`), an accelerator.
+Out: an `Efficiency` whose methods turn FLOPs, bytes and sizes into seconds, for numbers and arrays alike. Every
+coefficient carries its evidence: measured, fitted or assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from planner.errors import InputError
+from planner.files import DATA_DIR, read_yaml
+from planner.hardware import Accelerator
+from planner.ops import OpCost
+from planner.precision import Precision
+from planner.registry import unknown_name
+from planner.spec import Bytes, Fraction, Seconds, Spec, build
+
+__all__ = ["Coefficient", "Efficiency", "StackSpec", "load_stack", "stack_names"]
+
+Array = Any
+Evidence = Literal["measured", "fitted", "assumed"]
+
+UNMEASURED_MATMUL_FRACTION = 0.70
+"""Best matmul rate over peak where nobody published one; the published ones span 0.51 to 0.97."""
+EPILOGUE_K = 96
+"""Inner length whose time a tile spends on prologue and epilogue; assumed."""
+TILES = ((256, 128, 1.0), (128, 128, 0.94), (64, 128, 0.80))
+"""Output tiles a matmul library chooses from, with the rate each reaches when it fills the device; assumed."""
+MEMORY_RAMP_BYTES = 2e6
+"""Bytes whose transfer time equals a memory-bound kernel's ramp up and down; assumed, gives 0.83 of the plateau at 10 MB."""
+
+
+class Coefficient(Spec):
+    """One number of a stack and why it is believed."""
+
+    value: float = Field(ge=0, le=10)
+    evidence: Evidence
+    source: str = Field(min_length=4)
+
+
+class Overlap(Spec):
+    """Share of each kind of communication that the stack can hide behind compute, where there is enough of it."""
+
+    fsdp: Coefficient
+    data_parallel: Coefficient
+    tensor_parallel: Coefficient
+    context_parallel: Coefficient
+    expert_parallel: Coefficient
+    pipeline: Coefficient
+
+
+class StackSpec(Spec):
+    """A software stack: what it fuses, overlaps, keeps and reaches."""
+
+    name: str
+    description: str
+    source: str
+    date: str
+    weight_storage: Literal["separate_master", "fp32_in_place"]
+    """`separate_master`: weights in compute format and an fp32 copy with the optimizer (Megatron, DeepSpeed);
+    `fp32_in_place`: fp32 weights, cast when used (FSDP, DDP with autocast, JAX)."""
+    gradient_bytes: float = Field(ge=1, le=4)
+    """Bytes of one accumulated gradient, with a 2-byte compute format."""
+    reduce_bytes: float = Field(ge=1, le=4)
+    """Bytes of one gradient element on the wire."""
+    attention_kernel: Literal["flash", "unfused"]
+    attention_library: str
+    """A kernel of data/attention_kernels.yaml."""
+    loss_kernel: Literal["fused", "unfused", "chunked"]
+    fused_activation: bool
+    """Activation and its product with the gate run inside one kernel that keeps only its inputs."""
+    fused_norm: bool
+    saves_gathered_input: bool
+    selective_recompute: list[Literal["norm", "activation", "scores", "dropout"]]
+    """Producers whose tensors `recompute: selective` drops."""
+    matmul: Coefficient
+    """Rate of large matmuls in a training step over the best rate measured alone (hot devices, power limit)."""
+    grouped_matmul: Coefficient
+    """The same for expert matmuls, over `matmul`."""
+    attention: Coefficient
+    """Over the kernel's published curve."""
+    memory: Coefficient
+    """Achieved memory bandwidth over the data sheet's, large tensors."""
+    kernel_overhead: Seconds
+    """Least device time per kernel."""
+    overlap: Overlap
+    context: Bytes
+    """Device memory of runtime, libraries and kernels."""
+    collective_buffers: Bytes
+    """Device memory of the communication library, more than one device."""
+    allocator_slack_fraction: Fraction
+    """Reserved above allocated memory, over allocated."""
+    time_interval_fraction: Fraction
+    """Half width of the 80% interval of the step time."""
+    memory_interval_fraction: Fraction
+
+
+def stack_names() -> list[str]:
+    """Names of the stacks shipped under data/stacks/."""
+    return sorted(path.stem for path in (DATA_DIR / "stacks").glob("*.yaml"))
+
+
+def load_stack(name: str) -> StackSpec:
+    """A stack by name, or by path to a file that `planner calibrate` wrote.
+
+    Raises:
+        InputError: unknown name or a file that is not a stack.
+    """
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        return build(StackSpec, read_yaml(name), "stack", name)
+    if name not in stack_names():
+        raise unknown_name("stack", name, stack_names())
+    return build(StackSpec, read_yaml(DATA_DIR / "stacks" / f"{name}.yaml"), "stack", f"stacks/{name}.yaml")
+
+
+@lru_cache(maxsize=1)
+def _attention_curves() -> list[dict[str, Any]]:
+    curves: list[dict[str, Any]] = read_yaml(DATA_DIR / "attention_kernels.yaml")["curves"]
+    return curves
+
+
+@dataclass(frozen=True)
+class AttentionCurve:
+    """Achieved share of peak against sequence length, for one head size and mask."""
+
+    seq_lens: tuple[float, ...]
+    fractions: tuple[float, ...]
+    evidence: Evidence
+    source: str
+
+    def fraction(self, seq_len: Array) -> Array:
+        """Interpolated in log2 of the sequence length, flat outside the table."""
+        return np.interp(np.log2(seq_len), np.log2(self.seq_lens), self.fractions)
+
+
+def _attention_curve(library: str, accelerator: Accelerator, head_dim: int, is_causal: bool, phase: str) -> AttentionCurve:
+    """The published curve nearest to what runs: same library and device family, then nearest head size."""
+    curves = [c for c in _attention_curves() if c["library"] == library and c["phase"] in (phase, "both")]
+    if not curves:
+        raise InputError.single("stack.attention_library", library, "must be a library of data/attention_kernels.yaml", f"use one of {sorted({c['library'] for c in _attention_curves()})}")
+    here = [c for c in curves if any(fnmatch(accelerator.id, pattern) for pattern in c["accelerators"])] or curves[-1:]
+    best = min(here, key=lambda c: (abs(c["head_dim"] - head_dim), c["causal"] != is_causal))
+    return AttentionCurve(tuple(map(float, best["seq_lens"])), tuple(map(float, best["fractions"])), best["evidence"], best["source"])
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Seconds of ops for one (stack, accelerator, precision)."""
+
+    stack: StackSpec
+    accelerator: Accelerator
+    precision: Precision
+
+    def peak_flops_per_s(self, rate: str) -> float:
+        """Dense peak of the catalog for a precision.
+
+        Raises:
+            InputError: the accelerator has no (known) rate for it.
+        """
+        rates = self.accelerator.dense_flops_per_s
+        if rate not in rates:
+            known = ", ".join(rates) or "none"
+            raise InputError.single("workload.precision", rate, f"{self.accelerator.id} has no known dense rate for it", f"use one of its rates ({known}), or add the rate with --catalog")
+        return rates[rate]
+
+    @property
+    def matmul_peak_fraction(self) -> Coefficient:
+        """Rate of a large, well-shaped matmul in a training step over the dense peak."""
+        measured = self.accelerator.matmul_max_fraction
+        rate = self.precision.matmul_rate
+        best = measured.get(rate, measured.get("bf16", UNMEASURED_MATMUL_FRACTION))
+        is_measured = rate in measured
+        origin = f"best matmul measured alone {best:.3f} of peak" if is_measured else f"no measurement for {rate} on {self.accelerator.id}: {best:.3f} assumed"
+        evidence: Evidence = self.stack.matmul.evidence if is_measured else "assumed"
+        return Coefficient(value=best * self.stack.matmul.value, evidence=evidence, source=f"{origin}; times {self.stack.matmul.value} ({self.stack.matmul.source})")
+
+    def shape_fraction(self, m: Array, n: Array, k: Array) -> Array:
+        """Share of the large-matmul rate that an [m, k] x [k, n] product reaches.
+
+        Formula: best over tiles of rate * waves_needed / waves_run, times k / (k + EPILOGUE_K); devices without known compute
+        units (TPUs) pad n and k to 128 instead.
+        """
+        units = self.accelerator.num_compute_units
+        inner = k / (k + EPILOGUE_K)
+        if units is None or self.accelerator.kind != "gpu":
+            return inner * (n / (np.ceil(n / 128) * 128)) * (k / (np.ceil(k / 128) * 128))
+        best: Array = 0.0
+        for tile_m, tile_n, rate in TILES:
+            exact = (m / tile_m) * (n / tile_n)
+            waves = np.ceil(np.ceil(m / tile_m) * np.ceil(n / tile_n) / units)
+            best = np.maximum(best, rate * exact / (waves * units))
+        return inner * best
+
+    def matmul_s(self, flops: Array, num_bytes: Array, gemm: tuple[Array, Array, Array], is_grouped: bool = False) -> Array:
+        """max(compute, memory) of one matmul; FLOPs as executed."""
+        peak = self.peak_flops_per_s(self.precision.matmul_rate) * self.matmul_peak_fraction.value
+        peak *= self.stack.grouped_matmul.value if is_grouped else 1.0
+        return np.maximum(flops / (peak * self.shape_fraction(*gemm)), self.memory_s(num_bytes, 1))
+
+    def memory_s(self, num_bytes: Array, num_kernels: float) -> Array:
+        """Seconds of memory-bound kernels that move `num_bytes` in all."""
+        bandwidth = self.accelerator.memory_bandwidth_bytes_per_s * self.stack.memory.value
+        if num_kernels == 0:
+            return num_bytes / bandwidth
+        return np.maximum((num_bytes + num_kernels * MEMORY_RAMP_BYTES * (num_bytes > 0)) / bandwidth, num_kernels * self.stack.kernel_overhead)
+
+    def attention_s(self, op: Any, seq_len: int, flops: Array, num_bytes: Array, is_flash: bool, phase: str) -> Array:
+        """Seconds of the attention kernel, forward or backward."""
+        if not is_flash:
+            # Batched matmuls per head, then softmax (and dropout) over all pairs: two kinds of kernels one after the other.
+            gemm = (float(seq_len), float(seq_len), float(op.head_dim))
+            peak = self.peak_flops_per_s(self.precision.attention_rate) * self.matmul_peak_fraction.value
+            return flops / (peak * gemm[2] / (gemm[2] + EPILOGUE_K)) + self.memory_s(num_bytes, 3)
+        curve = _attention_curve(self.stack.attention_library, self.accelerator, op.head_dim, op.is_causal, phase)
+        peak = self.peak_flops_per_s(self.precision.attention_rate)
+        # A window leaves bands of the matrix: the kernel runs as on sequences of twice the window.
+        effective = min(seq_len, 2 * op.window) if op.window else seq_len
+        return np.maximum(flops / (peak * curve.fraction(effective) * self.stack.attention.value), self.memory_s(num_bytes, 1))
+
+    def forward_s(self, cost: OpCost, seq_len: int, is_flash: bool) -> Array:
+        """Seconds of one op in the forward pass."""
+        kind = cost.op.kind
+        if kind == "attention":
+            return self.attention_s(cost.op, seq_len, cost.forward_flops, cost.forward_bytes, is_flash, "forward")
+        if cost.gemm is not None:
+            return self.matmul_s(cost.forward_flops, cost.forward_bytes, cost.gemm, kind == "grouped_matmul") + self._conversion_s(cost)
+        return self.memory_s(cost.forward_bytes, cost.num_kernels)
+
+    def backward_input_s(self, cost: OpCost, seq_len: int, is_flash: bool) -> Array:
+        """Seconds of one op in the backward pass, without the weight gradients of matmuls."""
+        kind = cost.op.kind
+        if kind == "attention":
+            return self.attention_s(cost.op, seq_len, cost.backward_input_flops, cost.backward_bytes, is_flash, "backward")
+        if cost.gemm is not None:
+            m, n, k = cost.gemm
+            return self.matmul_s(cost.backward_input_flops, cost.backward_bytes / 2, (m, k, n), kind == "grouped_matmul") + self._conversion_s(cost)
+        return self.memory_s(cost.backward_bytes, cost.num_kernels)
+
+    def backward_weight_s(self, cost: OpCost, seq_len: int, is_flash: bool) -> Array:
+        """Seconds of the weight gradients of one matmul; 0 for other ops."""
+        if cost.gemm is None:
+            return 0.0
+        m, n, k = cost.gemm
+        return self.matmul_s(cost.backward_weight_flops, cost.backward_bytes / 2, (k, n, m), cost.op.kind == "grouped_matmul")
+
+    def _conversion_s(self, cost: OpCost) -> Array:
+        """Casting a matmul's input to a narrow format: read in the compute format, write narrow."""
+        if not self.precision.is_quantized or cost.gemm is None:
+            return 0.0
+        m, _, k = cost.gemm
+        groups = getattr(cost.op, "num_experts", 1)
+        return self.memory_s(m * k * groups * (self.precision.compute_bytes + self.precision.saved_matmul_bytes), 1)

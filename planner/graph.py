@@ -1,0 +1,184 @@
+"""StepGraph: the model's ops, sharded by a layout, with how often each part runs on each pipeline stage.
+
+In: model, workload, layout(s), numerics. Out: `Part`s (embedding, each kind of block, head), whose costs times their
+count per stage give every parameter, FLOP, byte and second downstream. A layout may be one `Layout` or `LayoutArrays`;
+costs then have shape [n], and with a stage axis [n, pp].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from planner.architectures import ModelOps, model_ops
+from planner.efficiency import StackSpec
+from planner.layout import Layout, LayoutArrays
+from planner.model_spec import ModelSpec
+from planner.ops import Numerics, Op, OpCost, Shard
+from planner.precision import Precision
+from planner.schedules import SCHEDULES
+from planner.workload import Workload
+
+__all__ = ["Part", "StepGraph", "build_step_graph", "count_params", "make_numerics", "model_flops_per_token", "stage_counts"]
+
+Array = Any
+DEFAULT_LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """Ops that run together `counts[stage]` times on each stage, per microbatch."""
+
+    name: str
+    costs: tuple[OpCost, ...]
+    counts: np.ndarray
+    """[pp]"""
+    is_block: bool
+
+    def total(self, quantity: str) -> Array:
+        """Sum of one field of `OpCost` over the ops."""
+        return sum(getattr(cost, quantity) for cost in self.costs)
+
+    def param_total(self, quantity: str, *, is_expert: bool) -> Array:
+        """Sum of one parameter field over the expert ops, or over the others."""
+        return sum((getattr(cost, quantity) for cost in self.costs if cost.op.is_expert == is_expert), 0.0)
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """One training step before anybody asked how long it takes or what it holds."""
+
+    model: ModelSpec
+    workload: Workload
+    layout: Layout | LayoutArrays
+    numerics: Numerics
+    precision: Precision
+    shard: Shard
+    parts: tuple[Part, ...]
+    seq_len: int
+    global_batch_size: int
+
+    @property
+    def num_microbatches(self) -> Array:
+        """Microbatches per pipeline and step."""
+        return self.global_batch_size / (self.layout.dp * self.layout.micro_batch_size)
+
+    @property
+    def fsdp_degree(self) -> Array:
+        """Ranks over which ZeRO shards everything but experts: dp_shard and cp together."""
+        return self.layout.dp_shard * self.layout.cp
+
+    @property
+    def expert_fsdp_degree(self) -> Array:
+        """Ranks over which ZeRO shards the experts of one rank: what ep leaves of the stage."""
+        spread = self.layout.dp_shard * self.layout.cp * np.where(np.asarray(self.layout.ep) > 1, self.layout.tp, 1)
+        return np.maximum(spread / self.layout.ep, 1)
+
+    def per_stage(self, quantity: str) -> Array:
+        """Sum over parts of a quantity of `OpCost` times its count, [..., pp]."""
+        return sum(np.asarray(part.total(quantity))[..., None] * part.counts for part in self.parts)
+
+
+def make_numerics(workload: Workload, stack: StackSpec, precision: Precision) -> Numerics:
+    """Formats and kernels: the workload's wishes, else what the stack does."""
+    return Numerics(
+        compute_bytes=precision.compute_bytes,
+        saved_matmul_bytes=precision.saved_matmul_bytes,
+        attention_kernel=stack.attention_kernel if workload.attention_kernel == "auto" else workload.attention_kernel,
+        loss_kernel=stack.loss_kernel if workload.loss_kernel == "auto" else workload.loss_kernel,
+        fused_activation=stack.fused_activation,
+        fused_norm=stack.fused_norm,
+        saves_gathered_input=stack.saves_gathered_input,
+        lora_rank=(workload.lora_rank or DEFAULT_LORA_RANK) if workload.job == "lora" else 0,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _chunk_sizes(num_layers: int, num_chunks: int) -> tuple[int, ...]:
+    """Layers per chunk, as even as can be; the last chunk (head) and then the first (embedding) go short first.
+
+    Llama 3 405B: 126 layers in 128 places leave the first and the last one short (arXiv:2407.21783, section 3.3.2).
+    """
+    sizes = [-(-num_layers // num_chunks)] * num_chunks
+    order = [i for pair in zip(range(num_chunks - 1, -1, -1), range(num_chunks), strict=True) for i in pair]
+    order = list(dict.fromkeys(order))
+    for i in order[: sum(sizes) - num_layers]:
+        sizes[i] -= 1
+    return tuple(sizes)
+
+
+@lru_cache(maxsize=4096)
+def stage_counts(layers: tuple[int, ...], num_kinds: int, pp: int, num_chunks: int) -> np.ndarray:
+    """How many blocks of each kind every stage holds: [num_kinds, pp]. Chunk c of the model belongs to stage c modulo pp."""
+    counts = np.zeros((num_kinds, pp))
+    first = 0
+    for chunk, size in enumerate(_chunk_sizes(len(layers), num_chunks)):
+        for kind in layers[first : first + size]:
+            counts[kind, chunk % pp] += 1
+        first += size
+    return counts
+
+
+def _costs(ops: tuple[Op, ...], shard: Shard, numerics: Numerics) -> tuple[OpCost, ...]:
+    return tuple(op.cost(shard, numerics) for op in ops)
+
+
+def build_step_graph(
+    model: ModelSpec, workload: Workload, layout: Layout | LayoutArrays, numerics: Numerics, precision: Precision, *, seq_len: int, global_batch_size: int
+) -> StepGraph:
+    """The ops of one step, sharded.
+
+    Args:
+        layout: one layout, or many that share pp, num_virtual_stages and schedule.
+        seq_len, global_batch_size: resolved, because the workload may have left them open.
+    """
+    shard = Shard(layout.micro_batch_size, seq_len, layout.tp, layout.cp, layout.ep, layout.sequence_parallel)
+    listed = model_ops(model)
+    pp = layout.pp
+    num_chunks = pp * layout.num_virtual_stages // SCHEDULES[layout.schedule].parameter_copies
+    counts = stage_counts(listed.layers, len(listed.blocks), pp, num_chunks)
+    first, last = np.zeros(pp), np.zeros(pp)
+    first[0] = last[-1] = 1
+    blocks = tuple(Part(name, _costs(ops, shard, numerics), counts[kind], True) for kind, (name, ops) in enumerate(listed.blocks))
+    parts = (Part("embedding", _costs(listed.embedding, shard, numerics), first, False), *blocks, Part("head", _costs(listed.head, shard, numerics), last, False))
+    return StepGraph(model, workload, layout, numerics, precision, shard, parts, seq_len, global_batch_size)
+
+
+def _whole(listed: ModelOps, seq_len: int, numerics: Numerics) -> list[tuple[float, OpCost]]:
+    """(count, cost) of every op on a single device with one sequence."""
+    shard = Shard(1, seq_len)
+    counted = [(1.0, op.cost(shard, numerics)) for op in (*listed.embedding, *listed.head)]
+    for kind, (_, ops) in enumerate(listed.blocks):
+        count = float(listed.layers.count(kind))
+        counted += [(count, op.cost(shard, numerics)) for op in ops]
+    return counted
+
+
+def count_params(model: ModelSpec, seq_len: int = 1) -> dict[str, float]:
+    """Parameters of the model: total, active per token, and of the embeddings (and untied head)."""
+    counted = _whole(model_ops(model), seq_len, Numerics())
+    embedding = sum(n * c.embedding_params for n, c in counted)
+    return {
+        "total": float(sum(n * c.params for n, c in counted)),
+        "active": float(sum(n * c.active_params for n, c in counted) - sum(n * c.tied_params for n, c in counted)),
+        "embedding": float(embedding),
+    }
+
+
+def model_flops_per_token(model: ModelSpec, seq_len: int, numerics: Numerics) -> dict[str, float]:
+    """Model FLOPs per token, forward plus backward, in both attention conventions.
+
+    Formula: 3 * forward, with weight gradients only where weights are trained (LoRA: 2 * forward plus the adapters' own).
+    """
+    counted = _whole(model_ops(model), seq_len, numerics)
+    weight = sum(n * c.backward_weight_flops for n, c in counted)
+    attention = sum(n * c.model_forward_flops for n, c in counted if c.op.kind == "attention")
+    totals = {}
+    for convention, key in (("full", "model_forward_flops"), ("causal", "causal_forward_flops")):
+        forward = sum(n * getattr(c, key) for n, c in counted)
+        own_attention = attention if convention == "full" else sum(n * c.causal_forward_flops for n, c in counted if c.op.kind == "attention")
+        totals[convention] = float((2 * forward + own_attention + weight) / seq_len)
+    return totals

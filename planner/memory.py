@@ -1,0 +1,207 @@
+"""StepGraph -> bytes per device on every pipeline stage, by what they hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from planner.efficiency import StackSpec
+from planner.graph import Part, StepGraph
+from planner.hardware import Cluster
+from planner.optimizers import get_optimizer
+from planner.schedules import SCHEDULES
+
+__all__ = ["MemoryBreakdown", "estimate_memory"]
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class MemoryBreakdown:
+    """Bytes per device and stage; every field has shape [..., pp] and they add up to `total_bytes`."""
+
+    weights: Array
+    """Parameters as stored between steps, with low-precision copies."""
+    gradients: Array
+    optimizer: Array
+    """Optimizer states and a separate fp32 master copy."""
+    activations: Array
+    """Kept from forward to backward, all microbatches in flight, without the logits."""
+    logits: Array
+    recompute_workspace: Array
+    """Activations of the one block that is being recomputed."""
+    gathered_weights: Array
+    """Full weights and gradients of the blocks that FSDP has in hand."""
+    temporaries: Array
+    """Activation gradients and workspaces of the op that needs most."""
+    communication_buffers: Array
+    context: Array
+    allocator_slack: Array
+
+    PARTS = (
+        "weights", "gradients", "optimizer", "activations", "logits", "recompute_workspace", "gathered_weights", "temporaries",
+        "communication_buffers", "context", "allocator_slack",
+    )  # fmt: skip
+
+    @property
+    def total_bytes(self) -> Array:
+        """Peak per device, [..., pp]."""
+        return sum(getattr(self, name) for name in self.PARTS)
+
+    @property
+    def peak_bytes(self) -> Array:
+        """Largest stage, [...]."""
+        return np.max(self.total_bytes, axis=-1)
+
+    @property
+    def peak_stage(self) -> Array:
+        """Index of the largest stage."""
+        return np.argmax(self.total_bytes, axis=-1)
+
+
+def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> MemoryBreakdown:
+    """Peak memory of every stage.
+
+    Formula: states (weights, gradients, optimizer, each divided by its ZeRO group) + what the forward pass keeps, times
+    microbatches in flight + the largest transient of the backward pass + runtime + allocator slack.
+    Left out: fragmentation beyond the slack fraction, load imbalance of experts, pinned host memory.
+    Source: arXiv:1910.02054 (ZeRO), 2205.05198 (activations), 2104.04473 (in flight).
+    """
+    layout, schedule = graph.layout, SCHEDULES[graph.layout.schedule]
+    states = [schedule.resident(state) for state in _states(graph, stack)]
+    in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, _stage_axis(graph.num_microbatches))
+    blocks, logits = _kept(graph, stack)
+    shape = np.broadcast_shapes(np.shape(states[0]), np.shape(blocks), np.shape(in_flight))
+    num_ranks = np.asarray(layout.dp * layout.tp * layout.cp * layout.pp)
+    buffers = _stage_axis(np.where(num_ranks > 1, stack.collective_buffers, 0.0))
+    parts = {
+        "weights": states[0], "gradients": states[1], "optimizer": states[2],
+        "activations": blocks * in_flight,
+        "logits": logits * in_flight,
+        "recompute_workspace": _recompute_workspace(graph),
+        "gathered_weights": _gathered(graph, stack),
+        "temporaries": _temporaries(graph),
+        "communication_buffers": buffers,
+    }  # fmt: skip
+    parts = {name: np.broadcast_to(value, shape).astype(float) for name, value in parts.items()}
+    allocated = sum(parts.values())
+    slack = allocated * stack.allocator_slack_fraction
+    return MemoryBreakdown(**parts, context=np.full(shape, stack.context), allocator_slack=slack)
+
+
+def _stage_axis(value: Array) -> Array:
+    """Adds the stage axis to a number or an array [n]."""
+    return np.asarray(value, float)[..., None]
+
+
+def _param_groups(graph: StepGraph) -> list[tuple[Part, bool, Array]]:
+    """(part, is_expert, ZeRO degree) of every group of parameters with its own data-parallel ranks."""
+    return [(part, is_expert, graph.expert_fsdp_degree if is_expert else graph.fsdp_degree) for part in graph.parts for is_expert in (False, True)]
+
+
+def trained_params(part: Part, is_expert: bool, is_split_from_embedding: bool) -> tuple[Array, Array]:
+    """(matrix, other) parameters that receive gradients on this device, before ZeRO; a parted tied head has its copy."""
+    matrix = part.param_total("matrix_params", is_expert=is_expert)
+    other = part.param_total("embedding_params", is_expert=is_expert) + part.param_total("vector_params", is_expert=is_expert)
+    if is_split_from_embedding:
+        other = other + part.param_total("tied_params", is_expert=is_expert)
+    return matrix, other
+
+
+def _states(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array, Array]:
+    """Weights, gradients and optimizer states per stage, [..., pp]."""
+    layout, precision = graph.layout, graph.precision
+    optimizer = get_optimizer(graph.workload.optimizer)
+    zero = np.asarray(layout.zero_stage)
+    is_mixed = precision.needs_master_weights
+    in_place = stack.weight_storage == "fp32_in_place"
+    stored = 4.0 if in_place or not is_mixed else precision.compute_bytes
+    master = 4.0 if is_mixed and not in_place else 0.0
+    gradient = 4.0 if not is_mixed or in_place else stack.gradient_bytes
+    # Without ZeRO-3 an in-place stack keeps a cast copy of all weights through the step.
+    cast_copy = np.where(zero < 3, precision.compute_bytes, 0.0) if in_place and is_mixed else 0.0
+    weights = gradients = states = 0.0
+    for part, is_expert, degree in _param_groups(graph):
+        matrix, other = trained_params(part, is_expert, layout.pp > 1)
+        frozen = part.param_total("frozen_params", is_expert=is_expert)
+        factored = part.param_total("factored_elements", is_expert=is_expert)
+        trained = matrix + other
+        by_weights, by_gradients, by_states = (np.where(zero >= stage, degree, 1) for stage in (3, 2, 1))
+        weight_bytes = (trained * stored + frozen * precision.compute_bytes) / by_weights + trained * cast_copy
+        weight_bytes = weight_bytes + matrix * precision.quantized_weight_bytes * np.where(zero >= 3, 0.0, 1.0)
+        state_bytes = trained * master + other * optimizer.other_state_bytes
+        state_bytes = state_bytes + (4.0 * factored if optimizer.is_factored else matrix * optimizer.matrix_state_bytes)
+        weights = weights + _stage_axis(weight_bytes) * part.counts
+        gradients = gradients + _stage_axis(trained * gradient / by_gradients) * part.counts
+        states = states + _stage_axis(state_bytes / by_states) * part.counts
+    return weights, gradients, states
+
+
+def kept_bytes(part: Part, graph: StepGraph, stack: StackSpec) -> tuple[Array, Array]:
+    """(activations, logits) that one run of the part keeps for its backward pass, under the recompute policy."""
+    logits: Array = 0.0
+    total: Array = 0.0
+    dropped = stack.selective_recompute if graph.workload.recompute == "selective" else []
+    for cost in part.costs:
+        for producer, num_bytes in cost.saved.items():
+            if producer == "logits":
+                logits = logits + num_bytes
+            elif producer not in dropped:
+                total = total + num_bytes
+    if part.is_block and graph.workload.recompute == "full":
+        total = graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes
+    return total, logits
+
+
+def _kept(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array]:
+    activations, logits = 0.0, 0.0
+    for part in graph.parts:
+        kept, part_logits = kept_bytes(part, graph, stack)
+        activations = activations + _stage_axis(kept) * part.counts
+        logits = logits + _stage_axis(part_logits) * part.counts
+    return activations, logits
+
+
+def _recompute_workspace(graph: StepGraph) -> Array:
+    """Everything the largest block keeps, once, while it is recomputed."""
+    if graph.workload.recompute != "full":
+        return 0.0
+    return _largest(graph, lambda part: part.total("saved_bytes") if part.is_block else 0.0)
+
+
+def _largest(graph: StepGraph, quantity: Any) -> Array:
+    """Largest value of `quantity(part)` over the parts present on each stage, [..., pp]."""
+    result: Array = 0.0
+    for part in graph.parts:
+        result = np.maximum(result, _stage_axis(quantity(part)) * (part.counts > 0))
+    return result
+
+
+def _gathered(graph: StepGraph, stack: StackSpec) -> Array:
+    """ZeRO-3 holds two gathered parts in compute format (one in use, one prefetched) and one part's full gradients."""
+    precision = graph.precision
+
+    def full(part: Part) -> Array:
+        return part.total("params") + (part.total("tied_params") if graph.layout.pp > 1 else 0.0)
+
+    per_param = 2 * (precision.compute_bytes + precision.quantized_weight_bytes) + precision.compute_bytes + stack.reduce_bytes
+    is_sharded = (np.asarray(graph.layout.zero_stage) == 3) & (np.asarray(graph.fsdp_degree) > 1)
+    return _largest(graph, lambda part: full(part) * per_param) * _stage_axis(is_sharded)
+
+
+def _temporaries(graph: StepGraph) -> Array:
+    """Largest op's workspace plus the gradients of its input and output."""
+
+    def transient(part: Part) -> Array:
+        worst: Array = 0.0
+        for cost in part.costs:
+            held = cost.workspace_bytes
+            if cost.gemm is not None and cost.op.name != "head":
+                m, n, k = cost.gemm
+                held = held + m * getattr(cost.op, "num_experts", 1) / (graph.shard.ep if cost.op.is_expert else 1) * (n + k) * graph.numerics.compute_bytes
+            worst = np.maximum(worst, held)
+        return worst
+
+    return _largest(graph, transient)
