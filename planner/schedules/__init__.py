@@ -39,6 +39,8 @@ class Action(NamedTuple):
     microbatch: int
     chunk: int
     """Which of the rank's model chunks, 0 .. num_virtual_stages - 1."""
+    paired: bool = False
+    """Runs together with the next action of the stage: both start when both inputs are there, and both results leave at the end."""
 
 
 class Schedule(ABC):

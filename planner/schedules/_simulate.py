@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,35 +48,41 @@ def simulate(
     timeline = schedule.timeline(pp, num_virtual_stages, num_microbatches)
     per_stage = num_virtual_stages // schedule.parameter_copies
     last = pp * per_stage - 1
-    split = {a[2:] + (a.stage,) for order in timeline for a in order if a.kind == "W"}
+    split = {(a.microbatch, a.chunk, a.stage) for order in timeline for a in order if a.kind == "W"}
     ready: dict[tuple[str, int, int], tuple[float, int]] = {}
     spans: list[list[Span]] = [[] for _ in range(pp)]
     clock = [0.0] * pp
 
-    def start_of(action: Action) -> float | None:
-        """When the input of `action` is on its stage; None if it is not yet made."""
+    def arrival_s(action: Action) -> float:
+        """When the input of `action` is on its stage; infinite if it is not yet made."""
         at = schedule.position(action.stage, action.chunk, pp)
-        need = {"F": ("F", at - 1), "B": ("B", at + 1) if at < last else ("F", at), "W": ("B", at)}[action.kind]
-        if need[1] < 0:
+        kind, source = {"F": ("F", at - 1), "B": ("B", at + 1) if at < last else ("F", at), "W": ("B", at)}[action.kind]
+        if source < 0:
             return 0.0
-        made = ready.get((need[0], action.microbatch, need[1]))
-        return None if made is None else made[0] + (p2p_s if made[1] != action.stage else 0.0)
+        end_s, stage = ready.get((kind, action.microbatch, source), (math.inf, action.stage))
+        return end_s + (p2p_s if stage != action.stage else 0.0)
 
-    waiting = True
-    while waiting:
-        waiting = False
+    def cost_s(action: Action) -> float:
+        at = schedule.position(action.stage, action.chunk, pp) % pp
+        whole = action.kind == "B" and (action.microbatch, action.chunk, action.stage) not in split
+        alone = {"F": forward_s, "B": backward_input_s, "W": backward_weight_s}[action.kind][at]
+        return (alone + (backward_weight_s[at] if whole else 0.0)) / per_stage
+
+    moved = True
+    while moved:
+        moved = False
         for s, order in enumerate(timeline):
-            while len(spans[s]) < len(order) and (arrived := start_of(order[len(spans[s])])) is not None:
-                action = order[len(spans[s])]
-                at = schedule.position(s, action.chunk, pp)
-                whole = action.kind == "B" and (action.microbatch, action.chunk, s) not in split
-                cost_s = {"F": forward_s, "B": backward_input_s, "W": backward_weight_s}[action.kind][at % pp]
-                cost_s = (cost_s + (backward_weight_s[at % pp] if whole else 0.0)) / per_stage
-                start = max(clock[s], arrived)
-                clock[s] = start + cost_s
-                ready[action.kind, action.microbatch, at] = (clock[s], s)
-                spans[s].append(Span(action, start, clock[s]))
-                waiting = True
+            while len(spans[s]) < len(order):
+                first = len(spans[s])
+                block = order[first : first + 1 + order[first].paired]
+                start = max(clock[s], *(arrival_s(action) for action in block))
+                if start == math.inf:
+                    break
+                clock[s] = start + sum(cost_s(action) for action in block)
+                for action in block:
+                    ready[action.kind, action.microbatch, schedule.position(s, action.chunk, pp)] = (clock[s], s)
+                    spans[s].append(Span(action, start, clock[s]))
+                moved = True
     if any(len(done) < len(order) for done, order in zip(spans, timeline, strict=True)):
         raise ValueError(f"{schedule.name}: the stages wait for each other (pp {pp}, {num_virtual_stages} chunks, {num_microbatches} microbatches)")
     return Simulation(spans, max(clock), _peaks(timeline, split, per_stage))
