@@ -20,8 +20,9 @@ __all__ = ["InfeasibleError", "InputError", "MissingPieceError", "PlannerError",
 def shorten(value: object, limit: int = 80) -> str:
     """`repr(value)` on one line, cut to `limit` characters, safe for hostile input.
 
-    Example: >>> shorten("a" * 100, 10)
-             "'aaaaa..."
+    Example:
+        >>> shorten("a" * 100, 10)
+        "'aaaaa..."
     """
     try:
         text = repr(value)
@@ -34,8 +35,9 @@ def shorten(value: object, limit: int = 80) -> str:
 def nearest(name: object, known: Iterable[str], count: int = 3) -> tuple[str, ...]:
     """The known names that look most like `name`, best first; may be empty.
 
-    Example: >>> nearest("h100-smx", ["h100-sxm", "a100-sxm", "tpu-v4"])
-             ('h100-sxm', 'a100-sxm')
+    Example:
+        >>> nearest("h100-smx", ["h100-sxm", "a100-sxm", "tpu-v4"])
+        ('h100-sxm', 'a100-sxm')
     """
     if not isinstance(name, str) or len(name) > 200:
         return ()

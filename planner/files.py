@@ -97,8 +97,9 @@ def parse_yaml(text: str, where: str = "") -> Any:
     Raises:
         InputError: syntax, aliases, tags, duplicate keys, depth; `where` becomes file:line:column.
 
-    Example: >>> parse_yaml("tokens: 15e12")
-             {'tokens': 15000000000000.0}
+    Example:
+        >>> parse_yaml("tokens: 15e12")
+        {'tokens': 15000000000000.0}
     """
     try:
         _refuse_aliases_and_depth(text)
@@ -172,7 +173,7 @@ def to_json(value: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Block style, no aliases, floats that read back to the last bit."""
+    """Innermost collections on one line, no aliases, floats that read back to the last bit."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -192,8 +193,9 @@ _Dumper.yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
 def to_yaml(value: Any) -> str:
     """YAML that `parse_yaml` reads back to an equal value.
 
-    Example: >>> to_yaml({"a": 15e12, "b": "1e3"})
-             "a: 15000000000000.0\\nb: '1e3'\\n"
+    Example:
+        >>> to_yaml({"a": 15e12, "b": "1e3"})
+        "{a: 15000000000000.0, b: '1e3'}\\n"
     """
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True, default_flow_style=None)
 

@@ -101,8 +101,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "pp",
-        lambda l, f: np.asarray(_slices(l) <= f.model.num_layers),
-        lambda l, f: f"pp * num_virtual_stages = {_slices(l)} must not exceed num_layers = {f.model.num_layers}",
+        # Two more slices than layers are possible: one with the embedding alone, one with the head alone (Llama 3 405B).
+        lambda l, f: np.asarray(_slices(l) <= f.model.num_layers + 2 * (_slices(l) > 2)),
+        lambda l, f: f"pp * num_virtual_stages = {_slices(l)} must not exceed num_layers + 2 = {f.model.num_layers + 2}",
         lambda l, f: f"use pp * num_virtual_stages of at most {f.model.num_layers}",
     ),
     Rule(

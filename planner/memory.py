@@ -71,7 +71,7 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     """
     layout, schedule = graph.layout, SCHEDULES[graph.layout.schedule]
     states = [schedule.resident(state) for state in _states(graph, stack)]
-    in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, _stage_axis(graph.num_microbatches))
+    in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
     blocks, logits = _kept(graph, stack)
     shape = np.broadcast_shapes(np.shape(states[0]), np.shape(blocks), np.shape(in_flight))
     num_ranks = np.asarray(layout.dp * layout.tp * layout.cp * layout.pp)

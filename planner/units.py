@@ -50,10 +50,11 @@ def parse(text: object, quantity: str, key: str = "-") -> float:
     Raises:
         InputError: not text, no unit, unknown unit, not finite.
 
-    Example: >>> parse("3.35 TB/s", "bytes_per_s")
-             3350000000000.0
-             >>> parse("80 GiB", "bytes")
-             85899345920.0
+    Example:
+        >>> parse("3.35 TB/s", "bytes_per_s")
+        3350000000000.0
+        >>> parse("80 GiB", "bytes")
+        85899345920.0
     """
     units = UNITS[quantity]
     some = ", ".join(list(units)[:8])
@@ -71,10 +72,11 @@ def parse(text: object, quantity: str, key: str = "-") -> float:
 def parse_count(text: object, key: str = "-") -> float:
     """Reads a plain count, `15T`, `15e12`, `1_024` or `4,096` into a number.
 
-    Example: >>> parse_count("15T")
-             15000000000000.0
-             >>> parse_count(512)
-             512.0
+    Example:
+        >>> parse_count("15T")
+        15000000000000.0
+        >>> parse_count(512)
+        512.0
     """
     fix = "write a number such as 512, 15e12 or 15T"
     if isinstance(text, bool) or not isinstance(text, (int, float, str)):
@@ -97,8 +99,9 @@ def parse_count(text: object, key: str = "-") -> float:
 def format_si(value: float, unit: str = "", digits: int = 3) -> str:
     """`1.5e13` -> `15.0 T`: `digits` significant digits with a decimal prefix.
 
-    Example: >>> format_si(989.4e12, "FLOP/s")
-             '989 TFLOP/s'
+    Example:
+        >>> format_si(989.4e12, "FLOP/s")
+        '989 TFLOP/s'
     """
     if value == 0 or not math.isfinite(value):
         return f"{value:g} {unit}".rstrip()
@@ -114,8 +117,9 @@ def format_si(value: float, unit: str = "", digits: int = 3) -> str:
 def format_count(value: float) -> str:
     """A count of things as people write it: `405B`, `15.0T`.
 
-    Example: >>> format_count(405.85e9)
-             '406B'
+    Example:
+        >>> format_count(405.85e9)
+        '406B'
     """
     return format_si(value).replace(" G", "B").replace(" ", "")
 
@@ -128,8 +132,9 @@ def format_gib(num_bytes: float) -> str:
 def format_bytes(num_bytes: float) -> str:
     """Bytes in both bases, so that nobody has to guess.
 
-    Example: >>> format_bytes(80e9)
-             '74.5 GiB (80.0 GB)'
+    Example:
+        >>> format_bytes(80e9)
+        '74.5 GiB (80.0 GB)'
     """
     return f"{format_gib(num_bytes)} GiB ({num_bytes / GB:.1f} GB)"
 
@@ -142,10 +147,11 @@ def format_rate(bytes_per_s: float) -> str:
 def format_duration(seconds: float) -> str:
     """Seconds in the largest unit that keeps the number readable.
 
-    Example: >>> format_duration(6.97e6)
-             '80.7 days'
-             >>> format_duration(0.0123)
-             '12.3 ms'
+    Example:
+        >>> format_duration(6.97e6)
+        '80.7 days'
+        >>> format_duration(0.0123)
+        '12.3 ms'
     """
     for factor, name in ((DAY_S, "days"), (HOUR_S, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if abs(seconds) >= factor * (1.0 if name != "days" else 2.0):
@@ -157,10 +163,11 @@ def format_duration(seconds: float) -> str:
 def format_usd(usd: float) -> str:
     """Dollars, three significant digits above 10,000; never `$0.00` for a price that is not zero.
 
-    Example: >>> format_usd(1039876.0)
-             '$1,040,000'
-             >>> format_usd(12.345)
-             '$12.35'
+    Example:
+        >>> format_usd(1039876.0)
+        '$1,040,000'
+        >>> format_usd(12.345)
+        '$12.35'
     """
     if usd >= 10_000:
         step = 10.0 ** (math.floor(math.log10(usd)) - 2)

@@ -39,14 +39,23 @@ class ZeroBubbleH1(Schedule):
         self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, p2p_s: ArrayLike,
         pp: int, num_virtual_stages: int, num_microbatches: ArrayLike,
     ) -> FloatArray:  # fmt: skip
-        """Longest path that lives on one stage.
+        """Longest path that lives on one stage; equal stages without transfers, m >= pp: m (F + B + W) + (p - 1) max(F, B, F + B - W).
+
+        Error against the simulator (150 random pipelines of 1 to 8 stages, stages up to 2x apart, a transfer up to a tenth of a
+        chunk's forward): none for equal stages without transfers; else at most 3% low,
+        0.2% on average.
+
+        Formula: for stage s with n = p - s microbatches before their B and L = min(s + 1, m) late W's, D the way from s to the last stage
+        and back (F and B), T_s = way in + m (F_s + B_s) + (m - L) W_s + [D_s - (n-1) F_s]+ + [D_s - (n-1)(B_s + W_s)]+ + way out:
+        the B's of the earlier stages, or those down to some stage and the late W's there. Rounds wait for transfers where W does not cover
+        them. With m <= n the two brackets are one.
         """
         f, b, w = stage_arrays(pp, forward_s, backward_input_s, backward_weight_s)
         m, p2p = np.asarray(num_microbatches)[..., None], np.asarray(p2p_s, dtype=float)[..., None]
         stage, n = np.arange(pp), pp - np.arange(pp)
         d = after(f + b) + 2 * (n - 1) * p2p
         late = np.minimum(stage + 1, m)
-        # leaving stage s with its last B at stage j <= s, whose late W's are still to do: before_s(b) + max_j (late_j W_j - before_j(b))
+        # The way out ends at the stage j <= s where late W's last longest: B's of j .. s-1, then the late W's of j.
         way = before(b) + stage * p2p
         out = way + np.maximum.accumulate(late * w - way, axis=-1)
         ramp, c = before(f) + stage * p2p, f + b + w

@@ -1,0 +1,187 @@
+"""Breakdowns -> Plan: scalars out of arrays, intervals, violations, assumptions and evidence. No formula of cost here."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from planner.economics import CostBreakdown, Goodput
+from planner.graph import StepGraph, count_params, model_flops_per_token
+from planner.layout import Layout
+from planner.memory import MemoryBreakdown
+from planner.plan import Cost, Evidence, Flops, Interval, Loss, Memory, Params, Plan, Request, StageMemory, Time, Violation, spec_to_plain
+from planner.resolve import Job
+from planner.scaling_laws import predict_loss
+from planner.timing import TimeBreakdown
+
+__all__ = ["assemble_plan"]
+
+
+def assemble_plan(
+    request: Request, job: Job, layout: Layout, graph: StepGraph, memory: MemoryBreakdown, time: TimeBreakdown, cost: CostBreakdown, goodput: Goodput, why: list[str]
+) -> Plan:
+    """The record of everything that `estimate` found."""
+    params = Params(**{name: int(value) for name, value in count_params(job.model, job.seq_len).items()})
+    flops = _flops(job, graph)
+    memory_report = _memory(job, memory)
+    loss, loss_notes = _loss(job, params)
+    return Plan(
+        inputs=_inputs(request, job, layout),
+        params=params,
+        flops=flops,
+        memory=memory_report,
+        time=_time(job, graph, time, cost, flops),
+        loss=loss,
+        cost=_cost(job, cost, goodput),
+        violations=_violations(memory_report),
+        assumptions=(*job.assumptions, *why, *_standing_assumptions(job, goodput), *loss_notes),
+        evidence=_evidence(job),
+        provenance=_provenance(job),
+    )
+
+
+def _inputs(request: Request, job: Job, layout: Layout) -> dict[str, Any]:
+    """The request made complete; reading it again gives the same plan."""
+    workload = {**spec_to_plain(job.workload), "seq_len": job.seq_len, "global_batch_size": job.global_batch_size, "tokens": job.tokens}
+    inputs: dict[str, Any] = {
+        "schema_version": request.schema_version,
+        "model": request.model,
+        "workload": workload,
+        "cluster": spec_to_plain(request.cluster),
+        "stack": request.stack or job.stack.name,
+        "layout": spec_to_plain(layout),
+    }
+    if request.catalog is not None:
+        inputs["catalog"] = request.catalog
+    return inputs
+
+
+def _flops(job: Job, graph: StepGraph) -> Flops:
+    model = model_flops_per_token(job.model, job.seq_len, job.numerics)
+    tokens_per_microbatch = float(graph.shard.micro_batch_size * graph.seq_len)
+    executed = 0.0
+    for part in graph.parts:
+        forward = float(part.total("forward_flops"))
+        again = forward if part.is_block and job.workload.recompute == "full" else _selectively_repeated(job, part)
+        backward = float(part.total("backward_input_flops") + part.total("backward_weight_flops"))
+        executed += float(np.sum(part.counts)) * (forward + backward + again)
+    # Each device of a (tp, cp) group does its share of the same tokens; copies of key-value heads count as executed.
+    hardware = executed * graph.layout.tp * graph.layout.cp / tokens_per_microbatch
+    return Flops(model["full"], hardware, "full", model["causal"], model["full"] * job.tokens)
+
+
+def _selectively_repeated(job: Job, part: Any) -> float:
+    if job.workload.recompute != "selective" or "scores" not in job.stack.selective_recompute or not part.is_block:
+        return 0.0
+    return float(sum(cost.forward_flops for cost in part.costs if "scores" in cost.saved))
+
+
+def _memory(job: Job, memory: MemoryBreakdown) -> Memory:
+    peak_stage, usable = int(memory.peak_stage), job.cluster.accelerator.memory_bytes
+    stages = tuple(
+        StageMemory(stage, float(memory.total_bytes[stage]), {name: float(getattr(memory, name)[stage]) for name in memory.PARTS})
+        for stage in range(memory.total_bytes.shape[-1])
+    )
+    peak = stages[peak_stage].total_bytes
+    spread = job.stack.memory_interval_fraction
+    return Memory(Interval(peak, peak * (1 - spread), peak * (1 + spread)), usable, peak <= usable, peak_stage, stages[peak_stage].breakdown_bytes, stages)
+
+
+def _time(job: Job, graph: StepGraph, time: TimeBreakdown, cost: CostBreakdown, flops: Flops) -> Time:
+    step_s, spread = float(time.step_s), job.stack.time_interval_fraction
+    interval = Interval(step_s, step_s * (1 - spread), step_s * (1 + spread))
+    tokens_per_s = job.global_batch_size * job.seq_len / step_s
+    per_device = tokens_per_s / job.cluster.num_devices
+    peak = job.efficiency.peak_flops_per_s(job.precision.matmul_rate)
+    parts = {name: float(getattr(time, name)) for name in time.PARTS}
+    return Time(
+        step_s=interval,
+        tokens_per_s=tokens_per_s,
+        tokens_per_s_per_device=per_device,
+        model_flops_per_s_per_device=per_device * flops.model_per_token,
+        mfu=per_device * flops.model_per_token / peak,
+        hfu=per_device * flops.hardware_per_token / peak,
+        mfu_causal=per_device * flops.model_per_token_causal / peak,
+        peak_flops_per_s=peak,
+        peak_name=f"dense {job.precision.matmul_rate} of {job.cluster.accelerator.id}",
+        breakdown_s=parts,
+        stage_forward_s=tuple(map(float, time.stage_forward_s)),
+        stage_backward_s=tuple(map(float, time.stage_backward_s)),
+        slowest_stage=int(time.slowest_stage),
+        num_steps=int(-(-job.tokens // (job.global_batch_size * job.seq_len))),
+        num_microbatches=int(graph.num_microbatches),
+        bubble_fraction=parts["pipeline_transfer_and_bubble"] / step_s,
+        train_s=interval.scaled(cost.train_s / step_s),
+    )
+
+
+def _loss(job: Job, params: Params) -> tuple[Loss | None, list[str]]:
+    if job.workload.job != "pretrain" or not job.model.is_causal:
+        return None, ["loss: no law for fine-tuning or masked language models"]
+    found = predict_loss(params.active, job.tokens)
+    notes = [f"loss: {warning}" for warning in found.warnings]
+    if job.model.is_moe:
+        notes.append("loss: the law is for dense models; active parameters are put in, which is pessimistic")
+    return Loss(Interval(found.value, found.low, found.high), Interval(*found.perplexity), f"{found.law.name} ({found.law.source})"), notes
+
+
+def _cost(job: Job, cost: CostBreakdown, goodput: Goodput) -> Cost:
+    offer, spread = job.cluster.offer, job.stack.time_interval_fraction
+    usd = None if cost.usd is None else Interval(cost.usd, cost.usd * (1 - spread), cost.usd * (1 + spread))
+    price = None
+    breakdown: dict[str, float] = {}
+    if cost.usd is not None and cost.idle_device_usd is not None and cost.lost_time_usd is not None:
+        price = {"pricing": job.cluster.pricing, "usd_per_device_hour": job.cluster.usd_per_device_hour}
+        price |= {"offer": offer.id, "region": offer.region, "date": str(offer.price_date), "source": offer.source} if offer is not None else {"source": "given by the user"}
+        breakdown = {"training": cost.usd - cost.idle_device_usd - cost.lost_time_usd, "failures_and_checkpoints": cost.lost_time_usd, "idle_devices": cost.idle_device_usd}
+    return Cost(
+        usd=usd,
+        usd_per_device_hour=job.cluster.usd_per_device_hour,
+        price=price,
+        device_hours=cost.device_hours,
+        billed_device_hours=cost.billed_device_hours,
+        goodput_fraction=goodput.fraction,
+        mean_time_between_failures_s=goodput.mean_time_between_failures_s,
+        checkpoint_interval_s=goodput.checkpoint_interval_s,
+        energy_kwh=cost.energy_kwh,
+        co2e_kg=cost.co2e_kg,
+        breakdown_usd=breakdown,
+    )
+
+
+def _violations(memory: Memory) -> tuple[Violation, ...]:
+    return tuple(Violation("memory", s.stage, s.total_bytes, memory.usable_bytes) for s in memory.stages if s.total_bytes > memory.usable_bytes)
+
+
+def _standing_assumptions(job: Job, goodput: Goodput) -> list[str]:
+    """What every plan of this kind rests on."""
+    notes = [
+        f"goodput {goodput.fraction:.3f}: 4 failures per 1000 node-days, 10 min to restart, 30 s stall per checkpoint",
+        "energy: boards at 80% of rated power, 240 W per device for the host, PUE 1.15, 475 g CO2e/kWh (world average)",
+        f"intervals: step time +-{job.stack.time_interval_fraction:.0%}, memory +-{job.stack.memory_interval_fraction:.0%}; assumed until this stack is calibrated",
+    ]
+    if job.cluster.accelerator.power_watts is None:
+        notes.append(f"energy counts the hosts only: the board power of {job.cluster.accelerator.id} is not published")
+    if job.cluster.usd_per_device_hour is None:
+        notes.append("no price: name an offer with --offer, or a price with --price")
+    if job.model.is_moe:
+        notes.append("experts: tokens are routed evenly")
+    return notes
+
+
+def _evidence(job: Job) -> tuple[Evidence, ...]:
+    """The coefficients that the step time rests on."""
+    stack, efficiency = job.stack, job.efficiency
+    coefficients = {"matmul rate over dense peak": efficiency.matmul_peak_fraction, "memory bandwidth over data sheet": stack.memory, "attention over its published curve": stack.attention}
+    coefficients |= {f"overlap of {name}": getattr(stack.overlap, name) for name in type(stack.overlap).model_fields}
+    return tuple(Evidence(name, c.value, c.evidence, c.source) for name, c in coefficients.items())
+
+
+def _provenance(job: Job) -> dict[str, Any]:
+    try:
+        own = version("llm-planner")
+    except PackageNotFoundError:
+        own = "unknown"
+    return {"planner_version": own, "stack": f"{job.stack.name} ({job.stack.date})", "accelerator_source": job.cluster.accelerator.source}
