@@ -127,8 +127,9 @@ def check_schedule(schedule: str, pp: int, num_virtual_stages: int, num_microbat
 def before(per_stage: FloatArray) -> FloatArray:
     """Sum over the earlier stages, [..., pp].
 
-    Example: >>> before(np.array([1.0, 2.0, 4.0])).tolist()
-             [0.0, 1.0, 3.0]
+    Example:
+        >>> before(np.array([1.0, 2.0, 4.0])).tolist()
+        [0.0, 1.0, 3.0]
     """
     return np.asarray(np.cumsum(per_stage, axis=-1) - per_stage)
 
@@ -136,8 +137,9 @@ def before(per_stage: FloatArray) -> FloatArray:
 def after(per_stage: FloatArray) -> FloatArray:
     """Sum over the later stages, [..., pp].
 
-    Example: >>> after(np.array([1.0, 2.0, 4.0])).tolist()
-             [6.0, 4.0, 0.0]
+    Example:
+        >>> after(np.array([1.0, 2.0, 4.0])).tolist()
+        [6.0, 4.0, 0.0]
     """
     return before(per_stage[..., ::-1])[..., ::-1]
 
@@ -156,4 +158,10 @@ def only_one_chunk(name: str, num_virtual_stages: int) -> list[tuple[str, str]]:
     """The rule of the schedules that know no virtual stages."""
     if num_virtual_stages == 1:
         return []
-    return [(f"{name} runs one model chunk per stage, and num_virtual_stages = {num_virtual_stages}", "set num_virtual_stages: 1, or schedule: interleaved_1f1b")]
+    rule = f"{name} runs one model chunk per stage, and num_virtual_stages = {num_virtual_stages}"
+    return [(rule, "set num_virtual_stages: 1, or schedule: interleaved_1f1b")]
+
+
+def use_microbatches(count: int, otherwise: str) -> str:
+    """The fix for a number of microbatches that a schedule cannot run."""
+    return f"use {count} microbatches (global_batch_size / (dp * micro_batch_size)), or schedule: {otherwise}"

@@ -16,8 +16,9 @@ __all__ = ["GPipe"]
 class GPipe(Schedule):
     """All forwards, then all backwards.
 
-    Example: >>> GPipe().makespan_s(1.0, 1.0, 1.0, 0.0, pp=4, num_virtual_stages=1, num_microbatches=8).item()
-             33.0
+    Example:
+        >>> GPipe().makespan_s(1.0, 1.0, 1.0, 0.0, pp=4, num_virtual_stages=1, num_microbatches=8).item()
+        33.0
     """
 
     name = "gpipe"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, after, before, stage_arrays
+from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, after, before, stage_arrays, use_microbatches
 
 __all__ = ["Interleaved"]
 
@@ -17,8 +17,9 @@ __all__ = ["Interleaved"]
 class Interleaved(Schedule):
     """1F1B over num_virtual_stages chunks per device.
 
-    Example: >>> Interleaved().makespan_s(1.0, 1.0, 1.0, 0.0, pp=4, num_virtual_stages=3, num_microbatches=8).item()
-             27.0
+    Example:
+        >>> Interleaved().makespan_s(1.0, 1.0, 1.0, 0.0, pp=4, num_virtual_stages=3, num_microbatches=8).item()
+        27.0
     """
 
     name = "interleaved_1f1b"
@@ -30,10 +31,11 @@ class Interleaved(Schedule):
         if pp < 2:
             found.append((f"interleaved_1f1b needs a pipeline, and pp = {pp}", "set pp: 2 or more, or schedule: 1f1b"))
         if num_virtual_stages < 2:
-            found.append((f"interleaved_1f1b needs 2 or more virtual stages, and num_virtual_stages = {num_virtual_stages}", "set num_virtual_stages: 2, or schedule: 1f1b"))
+            rule = f"interleaved_1f1b needs 2 or more virtual stages, and num_virtual_stages = {num_virtual_stages}"
+            found.append((rule, "set num_virtual_stages: 2, or schedule: 1f1b"))
         if num_microbatches % pp:
             near = max(num_microbatches // pp, 1) * pp
-            found.append((f"pp = {pp} must divide the number of microbatches = {num_microbatches}", f"use {near} microbatches (global_batch_size / (dp * micro_batch_size)), or schedule: 1f1b"))
+            found.append((f"pp = {pp} must divide the number of microbatches = {num_microbatches}", use_microbatches(near, "1f1b")))
         return found
 
     @staticmethod
@@ -92,7 +94,7 @@ class Interleaved(Schedule):
 
 def _lap(chunk_s: FloatArray, p2p_s: FloatArray, pp: int) -> FloatArray:
     """Seconds between the starts of two chunks on one stage while the pipeline fills, [..., 1]: once round, or pp chunks of the slowest stage."""
-    return np.maximum(chunk_s.sum(axis=-1, keepdims=True) + pp * p2p_s, pp * chunk_s.max(axis=-1, keepdims=True))
+    return np.asarray(np.maximum(chunk_s.sum(axis=-1, keepdims=True) + pp * p2p_s, pp * chunk_s.max(axis=-1, keepdims=True)))
 
 
 SCHEDULES.register("interleaved_1f1b")(Interleaved())

@@ -16,10 +16,11 @@ __all__ = ["OneFOneB"]
 class OneFOneB(Schedule):
     """One forward, one backward.
 
-    Example: >>> OneFOneB().makespan_s(1.0, 1.0, 1.0, 0.0, pp=4, num_virtual_stages=1, num_microbatches=8).item()
-             33.0
-             >>> OneFOneB().in_flight(4, 1, 8).tolist()
-             [4.0, 3.0, 2.0, 1.0]
+    Example:
+        >>> OneFOneB().makespan_s(1.0, 1.0, 1.0, 0.0, pp=4, num_virtual_stages=1, num_microbatches=8).item()
+        33.0
+        >>> OneFOneB().in_flight(4, 1, 8).tolist()
+        [4.0, 3.0, 2.0, 1.0]
     """
 
     name = "1f1b"

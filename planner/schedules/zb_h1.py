@@ -17,8 +17,9 @@ __all__ = ["ZeroBubbleH1"]
 class ZeroBubbleH1(Schedule):
     """1F1B whose weight gradients start `stage` microbatches late.
 
-    Example: >>> ZeroBubbleH1().makespan_s(1.0, 1.0, 1.0, 0.0, pp=4, num_virtual_stages=1, num_microbatches=8).item()
-             27.0
+    Example:
+        >>> ZeroBubbleH1().makespan_s(1.0, 1.0, 1.0, 0.0, pp=4, num_virtual_stages=1, num_microbatches=8).item()
+        27.0
     """
 
     name = "zb_h1"
