@@ -60,9 +60,9 @@ class DualPipe(Schedule):
     ) -> FloatArray:  # fmt: skip
         """The published bubble on top of the average device's work; at least the busiest device's work and its way in.
 
-        Error against the simulator (150 random pipelines of 1 to 8 stages, stages up to 2x apart, a transfer up to a tenth of a
+        Error against the simulator (random pipelines of 1 to 8 stages, stages up to 2x apart, a transfer up to a tenth of a
         chunk's forward): none where F = B = W and p2p = 0; at most 3% for equal stages;
-        else at most 6%, 1% on average.
+        else at most 8%, 1% on average.
 
         Formula: with k = pp/2 - 1, averages over the slices F, B (inputs), W, and F&B = F + B + W:
         max(m (F + B + W) + k max(F&B + (B + W) - 3W, 2F), max over devices(m/2 (work of both slices) + forwards of the devices

@@ -54,7 +54,7 @@ class Interleaved(Schedule):
     ) -> FloatArray:  # fmt: skip
         """Longest path that lives on one stage; equal stages without transfers: m (F + B) + (p - 1)(F + B)/v.
 
-        Error against the simulator (150 random pipelines of 1 to 8 stages, stages up to 2x apart, a transfer up to a tenth of a
+        Error against the simulator (random pipelines of 1 to 8 stages, stages up to 2x apart, a transfer up to a tenth of a
         chunk's forward): none for equal stages; else at most 4% low, 0.2% on average.
 
         Formula: with f = F/v, b = B/v and w_s warm-up chunks, T_s = (way in and out of s: f, b of the earlier stages) + m (F_s + B_s)

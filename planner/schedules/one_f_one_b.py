@@ -39,8 +39,8 @@ class OneFOneB(Schedule):
     ) -> FloatArray:  # fmt: skip
         """Longest path that lives on one stage; equal stages without transfers: (m + p - 1)(F + B).
 
-        Error against the simulator (150 random pipelines of 1 to 8 stages, stages up to 2x apart, a transfer up to a tenth of a
-        chunk's forward): none for equal stages; else at most 2%, 0.1% on average.
+        Error against the simulator (random pipelines of 1 to 8 stages, stages up to 2x apart, a transfer up to a tenth of a
+        chunk's forward): none for equal stages; else at most 3%, 0.1% on average.
 
         Formula: for stage s with n = p - s microbatches in flight, C = F + B and D = the way from s to the last stage and back,
         T_s = (way in and out) + C_s + max(D_s, (n-1) F_s) + (m - n - 1) rounds + C_s + max(D_s, (n-1) B_s). A round lasts C_s, or
@@ -49,14 +49,14 @@ class OneFOneB(Schedule):
         """
         f, bi, bw = stage_arrays(pp, forward_s, backward_input_s, backward_weight_s)
         b = bi + bw
-        m, p2p = np.asarray(num_microbatches)[..., None], np.asarray(p2p_s, dtype=float)[..., None]
+        m, p2p = np.asarray(num_microbatches, dtype=float)[..., None], np.asarray(p2p_s, dtype=float)[..., None]
         stage, n = np.arange(pp), pp - np.arange(pp)
         c = f + b
         ramp = before(c) + 2 * stage * p2p
         d = after(c) + 2 * (n - 1) * p2p
         rounds = np.maximum(m - n - 1, 0)
-        trips, rest = rounds // n, rounds % n
-        partial = np.maximum(rest - 1, 0) * 2 * p2p
+        trips = np.floor(rounds / n)
+        partial = np.maximum(rounds - trips * n - 1, 0) * 2 * p2p
         steady = rounds * c + trips * np.maximum(d - (n - 1) * c, 0) + np.where(d >= (n - 1) * c, partial, 0)
         filled = ramp + steady + 2 * c + np.maximum(d, (n - 1) * f) + np.maximum(d, (n - 1) * b)
         few = ramp + c + np.maximum(d + (m - 1) * np.maximum(f, b), (m - 1) * c)

@@ -42,8 +42,8 @@ class ZeroBubbleH1(Schedule):
     ) -> FloatArray:  # fmt: skip
         """Longest path that lives on one stage; equal stages without transfers, m >= pp: m (F + B + W) + (p - 1) max(F, B, F + B - W).
 
-        Error against the simulator (150 random pipelines of 1 to 8 stages, stages up to 2x apart, a transfer up to a tenth of a
-        chunk's forward): none for equal stages without transfers; else at most 3% low,
+        Error against the simulator (random pipelines of 1 to 8 stages, stages up to 2x apart, a transfer up to a tenth of a
+        chunk's forward): none for equal stages without transfers; else at most 6% low,
         0.2% on average.
 
         Formula: for stage s with n = p - s microbatches before their B and L = min(s + 1, m) late W's, D the way from s to the last stage
@@ -52,7 +52,7 @@ class ZeroBubbleH1(Schedule):
         them. With m <= n the two brackets are one.
         """
         f, b, w = stage_arrays(pp, forward_s, backward_input_s, backward_weight_s)
-        m, p2p = np.asarray(num_microbatches)[..., None], np.asarray(p2p_s, dtype=float)[..., None]
+        m, p2p = np.asarray(num_microbatches, dtype=float)[..., None], np.asarray(p2p_s, dtype=float)[..., None]
         stage, n = np.arange(pp), pp - np.arange(pp)
         d = after(f + b) + 2 * (n - 1) * p2p
         late = np.minimum(stage + 1, m)
@@ -63,7 +63,8 @@ class ZeroBubbleH1(Schedule):
         late_w = (m - late) * w
         rounds = np.maximum(m - n - 1, 0)
         trip = np.maximum(d - (n - 1) * c, 0)
-        steady = rounds // n * trip + np.where(trip > 0, np.maximum(rounds % n - 1, 0) * np.maximum(2 * p2p - w, 0), 0)
+        trips = np.floor(rounds / n)
+        steady = trips * trip + np.where(trip > 0, np.maximum(rounds - trips * n - 1, 0) * np.maximum(2 * p2p - w, 0), 0)
         head = np.maximum(d - (n - 1) * f, 0)
         tail = np.maximum(d - (n - 1) * b - np.minimum(n - 1, m - late) * w, 0)
         filled = m * (f + b) + late_w + head + tail + steady

@@ -13,7 +13,7 @@ from planner.schedules import SCHEDULES
 from planner.schedules._simulate import Simulation, simulate
 
 CHUNKS = {"gpipe": (1,), "1f1b": (1,), "interleaved_1f1b": (2, 3, 4), "zb_h1": (1,), "dualpipe": (2,)}
-MAX_ERROR = {"gpipe": 1e-9, "1f1b": 0.04, "interleaved_1f1b": 0.07, "zb_h1": 0.06, "dualpipe": 0.10}
+MAX_ERROR = {"gpipe": 1e-9, "1f1b": 0.05, "interleaved_1f1b": 0.08, "zb_h1": 0.10, "dualpipe": 0.12}
 """For any pipeline of the strategy below; the docstrings give what is usual."""
 COSTS_S = [(1.0, 1.0, 1.0), (1.0, 1.2, 0.8), (2.0, 5.0, 3.0), (3.0, 2.0, 1.0), (1.0, 1.0, 3.0), (1.0, 3.0, 5.0), (1.0, 2.0, 0.0)]
 
