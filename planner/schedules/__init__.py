@@ -50,6 +50,8 @@ class Schedule(ABC):
     """As in `layout.schedule`."""
     needs_virtual_stages: bool = False
     """Whether num_virtual_stages must be 2 or more."""
+    usual_virtual_stages: tuple[int, ...] = (1,)
+    """The num_virtual_stages that a search tries."""
     parameter_copies: int = 1
     """How often the pipeline as a whole stores the model. The model is cut into pp * num_virtual_stages / parameter_copies slices."""
 

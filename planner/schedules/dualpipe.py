@@ -25,6 +25,7 @@ class DualPipe(Schedule):
     """
 
     name = "dualpipe"
+    usual_virtual_stages = (2,)
     parameter_copies = 2
 
     def problems(self, pp: int, num_virtual_stages: int, num_microbatches: int) -> list[tuple[str, str]]:

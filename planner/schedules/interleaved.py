@@ -24,6 +24,7 @@ class Interleaved(Schedule):
 
     name = "interleaved_1f1b"
     needs_virtual_stages = True
+    usual_virtual_stages = (2, 4)
 
     def problems(self, pp: int, num_virtual_stages: int, num_microbatches: int) -> list[tuple[str, str]]:
         """At least 2 stages and 2 chunks; microbatches go round in groups of pp."""

@@ -119,7 +119,8 @@ def test_illegal_pipelines_name_every_broken_rule(name: str, pp: int, v: int, m:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_legal_pipelines_pass(name: str) -> None:
-    check_schedule(name, 4, CHUNKS[name], 8)
+    for v in (CHUNKS[name], *SCHEDULES[name].usual_virtual_stages):
+        check_schedule(name, 4, v, 8)
 
 
 def test_unknown_schedule_names_the_nearest() -> None:
