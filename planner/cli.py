@@ -1,0 +1,277 @@
+"""The command line; the only place that prints or exits.
+
+Exit status: 0 done and feasible, 1 a fault of ours, 2 wrong input, 3 valid but does not fit, 4 a gate broken, 6 an
+optional piece is missing, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from planner.errors import InputError, PlannerError, Problem, nearest
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, help="Plan an LLM training run before you pay for it.")
+
+Text = Annotated[str | None, typer.Option(metavar="TEXT")]
+Number = Annotated[str | None, typer.Option(metavar="N")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+PlanFile = Annotated[str | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; options below change it.")]
+
+MODEL_KEYS = {"model": "model", "stack": "stack", "catalog": "catalog"}
+WORKLOAD_KEYS = ("job", "seq_len", "global_batch_size", "tokens", "precision", "optimizer", "recompute", "attention_kernel", "loss_kernel", "lora_rank")
+CLUSTER_KEYS = ("accelerator", "num_devices", "offer", "pricing", "price", "node_size", "domain_size")
+LAYOUT_KEYS = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "num_virtual_stages", "schedule", "ep", "zero_stage", "sequence_parallel", "micro_batch_size")
+
+
+@app.command(epilog="Example: planner estimate --model llama-3.1-8b --accelerator h100 --num-devices 64 --tokens 1T")
+def estimate(
+    plan: PlanFile = None,
+    model: Annotated[str | None, typer.Option(help="Preset, or path to an HF config.json.")] = None,
+    accelerator: Annotated[str | None, typer.Option(help="Name in `planner catalog accelerators`.")] = None,
+    num_devices: Number = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N", help="Training tokens, e.g. 15T.")] = None,
+    seq_len: Number = None,
+    global_batch_size: Annotated[str | None, typer.Option(metavar="N", help="Sequences per step.")] = None,
+    precision: Text = None,
+    optimizer: Text = None,
+    recompute: Text = None,
+    job: Text = None,
+    lora_rank: Number = None,
+    attention_kernel: Text = None,
+    loss_kernel: Text = None,
+    offer: Annotated[str | None, typer.Option(help="Cloud offer, e.g. aws/p5.48xlarge.")] = None,
+    pricing: Annotated[str | None, typer.Option(help="on_demand, spot, reserved_1y or reserved_3y.")] = None,
+    price: Annotated[str | None, typer.Option(metavar="USD", help="Dollars per device-hour, instead of the catalog's.")] = None,
+    node_size: Number = None,
+    domain_size: Annotated[str | None, typer.Option(metavar="N", help="Devices per scale-up domain (NVLink domain, TPU slice).")] = None,
+    stack: Annotated[str | None, typer.Option(help="Software stack, or a file that `calibrate` wrote.")] = None,
+    catalog: Annotated[str | None, typer.Option(metavar="FILE", help="Own accelerators and offers.")] = None,
+    dp_replicate: Number = None,
+    dp_shard: Number = None,
+    tp: Number = None,
+    cp: Number = None,
+    pp: Number = None,
+    num_virtual_stages: Number = None,
+    schedule: Text = None,
+    ep: Number = None,
+    zero_stage: Number = None,
+    sequence_parallel: Annotated[str | None, typer.Option(metavar="true|false")] = None,
+    micro_batch_size: Number = None,
+    budget: Annotated[str | None, typer.Option(metavar="USD", help="Exit with status 4 when the run costs more.")] = None,
+    max_days: Annotated[str | None, typer.Option(metavar="DAYS", help="Exit with status 4 when it takes longer.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="PLAN.yaml", help="Write the complete plan.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Memory, time, cost and loss of one training run; the best layout where none is given."""
+    given = {name: value for name, value in locals().items() if value is not None and name not in ("plan", "budget", "max_days", "out", "as_json")}
+    from planner.estimate import estimate as run
+    from planner.files import to_json
+
+    gates = _gates(budget, max_days)
+    result = run(_request(plan, given))
+    if out is not None:
+        result.save(out)
+    if as_json:
+        sys.stdout.write(to_json(result.to_dict()))
+    else:
+        from planner.report.plan_text import render_plan
+
+        sys.stdout.write(render_plan(result, _width(), hints=sys.stdout.isatty()))
+    broken = [text for text, holds in ((text, check(result)) for text, check in gates) if not holds]
+    for text in broken:
+        sys.stderr.write(f"gate broken: {text}\n")
+    raise typer.Exit(3 if not result.fits else 4 if broken else 0)
+
+
+def _gates(budget: str | None, max_days: str | None) -> list[tuple[str, Any]]:
+    from planner.units import DAY_S, format_usd, parse_count
+
+    gates: list[tuple[str, Any]] = []
+    if budget is not None:
+        limit = parse_count(budget, "--budget")
+        gates.append((f"the run costs more than {format_usd(limit)}, or its price is unknown", lambda p: p.cost.usd is not None and p.cost.usd.value <= limit))
+    if max_days is not None:
+        days = parse_count(max_days, "--max-days")
+        gates.append((f"the run takes longer than {days:g} days", lambda p: p.time.train_s.value <= days * DAY_S))
+    return gates
+
+
+def _scalar(text: str) -> Any:
+    """An option's text as YAML would read it; what is no scalar stays text, and fails as such."""
+    from planner.files import parse_yaml
+
+    try:
+        value = parse_yaml(text)
+    except InputError:
+        return text
+    return value if isinstance(value, (bool, int, float)) else text
+
+
+def _request(path: str | None, given: dict[str, str]) -> Any:
+    """The plan file with the options put in, as a Request."""
+    from planner.files import parse_json, parse_yaml, read_text
+    from planner.plan import build_request
+
+    values: Any = {}
+    where = path or "command line"
+    if path is not None:
+        text = read_text(path)
+        values = parse_json(text, path) if path.endswith(".json") else parse_yaml(text, path)
+        if isinstance(values, dict) and isinstance(values.get("inputs"), dict):
+            values = values["inputs"]
+    elif not given:
+        raise InputError.single("model", None, "is required", "name a plan file, or use --model, --accelerator and --num-devices")
+    if not isinstance(values, dict):
+        return build_request(values, where)
+    values = dict(values)
+    for name, text in given.items():
+        section = next((s for s, keys in (("workload", WORKLOAD_KEYS), ("cluster", CLUSTER_KEYS), ("layout", LAYOUT_KEYS)) if name in keys), None)
+        if section is None:
+            values[name] = text
+            continue
+        inner = values.get(section)
+        values[section] = {**(inner if isinstance(inner, dict) else {}), name: _option_value(name, text)}
+    return build_request(values, where)
+
+
+def _option_value(name: str, text: str) -> Any:
+    if name == "price":
+        return text if any(c.isalpha() for c in text) else f"{text} USD/h"
+    if name in ("accelerator", "offer", "pricing", "schedule", "precision", "optimizer", "recompute", "job", "attention_kernel", "loss_kernel"):
+        return text
+    return _scalar(text)
+
+
+def _width() -> int:
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+@app.command(epilog="Example: planner explain plan.yaml memory.breakdown_bytes.activations")
+def explain(
+    plan: Annotated[str, typer.Argument(metavar="PLAN.yaml")],
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="Dotted key as in --json; without it, the list of keys.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Where a number comes from: formula, values put in, sources, term by term."""
+    from dataclasses import asdict
+
+    from planner.explain import explain as run
+    from planner.files import to_json
+    from planner.report.explain_text import render_explanation
+
+    found = run(_request(plan, {}), key)
+    sys.stdout.write(to_json(asdict(found)) if as_json else render_explanation(found, _width()))
+
+
+@app.command(epilog="Example: planner compare a.yaml b.yaml")
+def compare(plans: Annotated[list[str], typer.Argument(metavar="PLAN.yaml PLAN.yaml ...")], as_json: JsonFlag = False) -> None:
+    """Two to six plans side by side, differences first."""
+    from dataclasses import asdict
+
+    from planner.compare import compare as run
+    from planner.estimate import estimate as estimate_one
+    from planner.files import to_json
+    from planner.report.compare_text import render_comparison
+
+    if not 2 <= len(plans) <= 6:
+        raise InputError.single("plans", len(plans), "compare takes 2 to 6 plans", "name 2 to 6 plan files")
+    found = run([estimate_one(_request(path, {})) for path in plans])
+    sys.stdout.write(to_json(asdict(found)) if as_json else render_comparison(found, _width()))
+
+
+@app.command(epilog="Example: planner catalog accelerators h100-80gb-sxm")
+def catalog(
+    kind: Annotated[str, typer.Argument(metavar="accelerators|offers|models|stacks")],
+    name: Annotated[str | None, typer.Argument(help="One entry in full.")] = None,
+    extra: Annotated[str | None, typer.Option("--catalog", metavar="FILE", help="Own accelerators and offers.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """What can be named in a plan."""
+    from planner.files import to_json
+    from planner.listing import KINDS, entry, listing
+    from planner.registry import unknown_name
+    from planner.report.catalog_text import render_entry, render_listing
+
+    if kind not in KINDS:
+        raise unknown_name("kind", kind, list(KINDS))
+    path = Path(extra) if extra else None
+    if name is not None:
+        found = entry(kind, name, path)
+        sys.stdout.write(to_json(found) if as_json else render_entry(found))
+    else:
+        rows = listing(kind, path)
+        sys.stdout.write(to_json({kind: rows}) if as_json else render_listing(kind, rows, _width() if sys.stdout.isatty() else 400))
+
+
+@app.command(epilog="Example: planner validate --measurements data/measurements/anchors.csv")
+def validate(measurements: Annotated[str, typer.Option(metavar="FILE.csv", help="Published or own measurements.")], as_json: JsonFlag = False) -> None:
+    """Predictions against a table of measurements."""
+    from planner.files import to_json
+    from planner.validation import read_rows, render_markdown, validate_rows
+
+    report = validate_rows(read_rows(measurements))
+    sys.stdout.write(to_json(report.to_dict()) if as_json else render_markdown(report))
+
+
+def _fail(error: PlannerError, as_json: bool) -> int:
+    from planner.files import to_json
+
+    if as_json:
+        problems = [{"key": p.key, "value": repr(p.value)[:200], "rule": p.rule, "fix": p.fix, "where": p.where} for p in getattr(error, "problems", ())]
+        sys.stdout.write(to_json({"error": problems or [{"rule": str(error)}]}))
+    sys.stderr.write(f"{error}\n")
+    return error.exit_status
+
+
+def _usage_problem(error: TyperException) -> Problem:
+    """The option parser's complaints in our words."""
+    context: Any = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "planner"
+    option = getattr(error, "option_name", None)
+    if type(error).__name__ == "NoSuchOption" and option is not None:
+        known = [name for p in (context.command.params if context else []) for name in p.opts if name.startswith("--")]
+        close = nearest(option, known)
+        return Problem(option, None, f"is no option of {command}", f"did you mean {', '.join(close)}?" if close else f"see {command} --help")
+    if "No such command" in error.message and hasattr(getattr(context, "command", None), "commands"):
+        known = list(context.command.commands)
+        name = error.message.split("'")[1] if "'" in error.message else error.message
+        close = nearest(name, known)
+        return Problem("command", name, f"must be one of {', '.join(known)}", f"did you mean {', '.join(close)}?" if close else "see planner --help")
+    return Problem("command line", error.format_message(), f"must be as {command} --help shows", f"see {command} --help")
+
+
+def main() -> NoReturn:
+    """Runs the command line and exits with its status."""
+    as_json = "--json" in sys.argv
+    try:
+        result = app(standalone_mode=False, prog_name="planner")
+        status = result if isinstance(result, int) else 0
+        sys.stdout.flush()
+    except PlannerError as error:
+        status = _fail(error, as_json)
+    except TyperException as error:
+        status = _fail(InputError(_usage_problem(error)), as_json)
+    except typer.Exit as error:
+        status = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("interrupted\n")
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except Exception as error:  # the last line of defence: a fault of ours must still read like one
+        sys.stderr.write(f"planner failed: {type(error).__name__}: {error}\nThis is a fault of ours; set PLANNER_DEBUG=1 to see where, and please report it.\n")
+        if os.environ.get("PLANNER_DEBUG"):
+            traceback.print_exc()
+        status = 1
+    sys.exit(status)
