@@ -7,6 +7,7 @@ costs then have shape [n], and with a stage axis [n, pp].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,7 +23,7 @@ from planner.precision import Precision
 from planner.schedules import SCHEDULES
 from planner.workload import Workload
 
-__all__ = ["Part", "StepGraph", "build_step_graph", "count_params", "make_numerics", "model_flops_per_token", "stage_counts"]
+__all__ = ["Part", "StepGraph", "build_step_graph", "count_params", "make_numerics", "model_flops_per_token", "over_stages", "part_runs", "stage_counts"]
 
 Array = Any
 DEFAULT_LORA_RANK = 16
@@ -77,9 +78,15 @@ class StepGraph:
         spread = self.layout.dp_shard * self.layout.cp * np.where(np.asarray(self.layout.ep) > 1, self.layout.tp, 1)
         return np.maximum(spread / self.layout.ep, 1)
 
-    def per_stage(self, quantity: str) -> Array:
-        """Sum over parts of a quantity of `OpCost` times its count, [..., pp]."""
-        return sum(np.asarray(part.total(quantity))[..., None] * part.counts for part in self.parts)
+
+def part_runs(graph: StepGraph) -> np.ndarray:
+    """How often each part runs on each stage per microbatch, [parts, pp]."""
+    return np.stack([part.counts for part in graph.parts])
+
+
+def over_stages(per_part: Sequence[Array], runs: np.ndarray) -> np.ndarray:
+    """Sum over parts of a quantity per run, a number or [n] for each part, times its runs: [..., pp]."""
+    return np.stack(np.broadcast_arrays(*(np.asarray(value, float) for value in per_part)), axis=-1) @ runs
 
 
 def make_numerics(workload: Workload, stack: StackSpec, precision: Precision) -> Numerics:

@@ -29,7 +29,7 @@ def _divisors(number: int) -> list[int]:
 def _schedules(given: PartialLayout, pp: int, num_layers: int) -> list[tuple[str, int]]:
     """(schedule, num_virtual_stages) to try for a pipeline of `pp` stages."""
     if given.schedule is not None:
-        versions = [given.num_virtual_stages] if given.num_virtual_stages else ([2, 4] if SCHEDULES[given.schedule].needs_virtual_stages else [1])
+        versions = (given.num_virtual_stages,) if given.num_virtual_stages else SCHEDULES[given.schedule].usual_virtual_stages
         return [(given.schedule, v) for v in versions]
     if given.num_virtual_stages is not None:
         return [("interleaved_1f1b" if given.num_virtual_stages > 1 else "1f1b", given.num_virtual_stages)]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from planner.efficiency import StackSpec
-from planner.graph import Part, StepGraph
+from planner.graph import Part, StepGraph, over_stages, part_runs
 from planner.hardware import Cluster
 from planner.optimizers import get_optimizer
 from planner.schedules import SCHEDULES
@@ -72,7 +72,7 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     layout, schedule = graph.layout, SCHEDULES[graph.layout.schedule]
     states = [schedule.resident(state) for state in _states(graph, stack)]
     in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
-    blocks, logits = _kept(graph, stack)
+    blocks, logits = (schedule.resident(kept) / schedule.parameter_copies for kept in _kept(graph, stack))
     shape = np.broadcast_shapes(np.shape(states[0]), np.shape(blocks), np.shape(in_flight))
     num_ranks = np.asarray(layout.dp * layout.tp * layout.cp * layout.pp)
     buffers = _stage_axis(np.where(num_ranks > 1, stack.collective_buffers, 0.0))
@@ -85,7 +85,7 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
         "temporaries": _temporaries(graph),
         "communication_buffers": buffers,
     }  # fmt: skip
-    parts = {name: np.broadcast_to(value, shape).astype(float) for name, value in parts.items()}
+    parts = {name: np.broadcast_to(value, shape) for name, value in parts.items()}
     allocated = sum(parts.values())
     slack = allocated * stack.allocator_slack_fraction
     return MemoryBreakdown(**parts, context=np.full(shape, stack.context), allocator_slack=slack)
@@ -94,11 +94,6 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
 def _stage_axis(value: Array) -> Array:
     """Adds the stage axis to a number or an array [n]."""
     return np.asarray(value, float)[..., None]
-
-
-def _param_groups(graph: StepGraph) -> list[tuple[Part, bool, Array]]:
-    """(part, is_expert, ZeRO degree) of every group of parameters with its own data-parallel ranks."""
-    return [(part, is_expert, graph.expert_fsdp_degree if is_expert else graph.fsdp_degree) for part in graph.parts for is_expert in (False, True)]
 
 
 def trained_params(part: Part, is_expert: bool, is_split_from_embedding: bool) -> tuple[Array, Array]:
@@ -122,21 +117,24 @@ def _states(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array, Array]:
     gradient = 4.0 if not is_mixed or in_place else stack.gradient_bytes
     # Without ZeRO-3 an in-place stack keeps a cast copy of all weights through the step.
     cast_copy = np.where(zero < 3, precision.compute_bytes, 0.0) if in_place and is_mixed else 0.0
-    weights = gradients = states = 0.0
-    for part, is_expert, degree in _param_groups(graph):
+    by_weights, by_gradients, by_states = (
+        [np.where(zero >= stage, degree, 1) for degree in (graph.fsdp_degree, graph.expert_fsdp_degree)] for stage in (3, 2, 1)
+    )
+    weights, gradients, states = [], [], []
+    for part, is_expert in ((part, is_expert) for part in graph.parts for is_expert in (False, True)):
         matrix, other = trained_params(part, is_expert, layout.pp > 1)
         frozen = part.param_total("frozen_params", is_expert=is_expert)
         factored = part.param_total("factored_elements", is_expert=is_expert)
         trained = matrix + other
-        by_weights, by_gradients, by_states = (np.where(zero >= stage, degree, 1) for stage in (3, 2, 1))
-        weight_bytes = (trained * stored + frozen * precision.compute_bytes) / by_weights + trained * cast_copy
+        weight_bytes = (trained * stored + frozen * precision.compute_bytes) / by_weights[is_expert] + trained * cast_copy
         weight_bytes = weight_bytes + matrix * precision.quantized_weight_bytes * np.where(zero >= 3, 0.0, 1.0)
         state_bytes = trained * master + other * optimizer.other_state_bytes
         state_bytes = state_bytes + (4.0 * factored if optimizer.is_factored else matrix * optimizer.matrix_state_bytes)
-        weights = weights + _stage_axis(weight_bytes) * part.counts
-        gradients = gradients + _stage_axis(trained * gradient / by_gradients) * part.counts
-        states = states + _stage_axis(state_bytes / by_states) * part.counts
-    return weights, gradients, states
+        weights.append(weight_bytes)
+        gradients.append(trained * gradient / by_gradients[is_expert])
+        states.append(state_bytes / by_states[is_expert])
+    runs = np.repeat(part_runs(graph), 2, axis=0)
+    return over_stages(weights, runs), over_stages(gradients, runs), over_stages(states, runs)
 
 
 def kept_bytes(part: Part, graph: StepGraph, stack: StackSpec) -> tuple[Array, Array]:
@@ -156,12 +154,9 @@ def kept_bytes(part: Part, graph: StepGraph, stack: StackSpec) -> tuple[Array, A
 
 
 def _kept(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array]:
-    activations, logits = 0.0, 0.0
-    for part in graph.parts:
-        kept, part_logits = kept_bytes(part, graph, stack)
-        activations = activations + _stage_axis(kept) * part.counts
-        logits = logits + _stage_axis(part_logits) * part.counts
-    return activations, logits
+    kept = [kept_bytes(part, graph, stack) for part in graph.parts]
+    runs = part_runs(graph)
+    return over_stages([activations for activations, _ in kept], runs), over_stages([logits for _, logits in kept], runs)
 
 
 def _recompute_workspace(graph: StepGraph) -> Array:
@@ -173,10 +168,11 @@ def _recompute_workspace(graph: StepGraph) -> Array:
 
 def _largest(graph: StepGraph, quantity: Any) -> Array:
     """Largest value of `quantity(part)` over the parts present on each stage, [..., pp]."""
-    result: Array = 0.0
-    for part in graph.parts:
-        result = np.maximum(result, _stage_axis(quantity(part)) * (part.counts > 0))
-    return result
+    present = part_runs(graph) > 0
+    kinds, stages = np.unique(present, axis=1, return_inverse=True)
+    values = np.stack(np.broadcast_arrays(*(np.asarray(quantity(part), float) for part in graph.parts)), axis=-1)
+    largest = np.stack([np.max(values * kinds[:, i], axis=-1) for i in range(kinds.shape[1])], axis=-1)
+    return largest[..., stages.ravel()]
 
 
 def _gathered(graph: StepGraph, stack: StackSpec) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 
 from planner.collectives import Group, collective_s, make_group
 from planner.efficiency import Efficiency
-from planner.graph import Part, StepGraph
+from planner.graph import Part, StepGraph, over_stages, part_runs
 from planner.hardware import Cluster
 from planner.memory import trained_params
 from planner.ops import OpCost, Transfer
@@ -19,7 +19,6 @@ from planner.schedules import SCHEDULES
 __all__ = ["AxisGroups", "TimeBreakdown", "estimate_time"]
 
 Array = Any
-COMPUTE_KINDS = ("matmul", "grouped_matmul", "attention", "memory")
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class TimeBreakdown:
     stage_backward_s: Array
     slowest_stage: Array
 
+    KINDS = ("matmul", "grouped_matmul", "attention", "memory", "recompute", "tensor_parallel", "context_parallel", "expert_parallel", "fsdp")
+    """Parts that a stage spends on its microbatches, by the kind of op or axis."""
     PARTS = (
         "matmul", "grouped_matmul", "attention", "memory_bound", "recompute", "tensor_parallel", "context_parallel",
         "expert_parallel", "fsdp", "pipeline_transfer_and_bubble", "data_parallel", "optimizer",
@@ -168,10 +169,6 @@ def _fsdp_s(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluster, 
     return gather, scatter
 
 
-def _stage_axis(value: Array) -> Array:
-    return np.asarray(value, float)[..., None]
-
-
 def estimate_time(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) -> TimeBreakdown:
     """Seconds of one step.
 
@@ -181,36 +178,30 @@ def estimate_time(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) ->
     """
     groups = make_axis_groups(graph, cluster)
     layout, schedule, m = graph.layout, SCHEDULES[graph.layout.schedule], graph.num_microbatches
-    per_stage: dict[str, Array] = {}
-    direction: dict[str, Array] = {"forward": 0.0, "backward_input": 0.0, "backward_weight": 0.0}
-
-    def add(kind: str, seconds: Array, part: Part, where: str) -> None:
-        staged = _stage_axis(seconds) * part.counts
-        per_stage[kind] = per_stage.get(kind, 0.0) + staged
-        direction[where] = direction[where] + staged
-
+    runs = part_runs(graph)
+    kinds: dict[str, list[Array]] = {}
+    forward_parts, backward_parts, weight_parts = [], [], []
     for part in graph.parts:
         times = _part_times(graph, part, groups, cluster, efficiency)
-        for where, table in (("forward", times.forward), ("backward_input", times.backward_input), ("backward_weight", times.backward_weight)):
-            for kind, seconds in table.items():
-                add(kind, seconds, part, where)
-        add("recompute", times.recompute, part, "backward_input")
         gather, scatter = _exposed_fsdp(graph, part, times, groups, cluster, efficiency)
-        add("fsdp", gather, part, "forward")
-        add("fsdp", scatter, part, "backward_input")
-    forward, backward, weight = (np.broadcast_to(v, np.broadcast_shapes(*(np.shape(x) for x in direction.values()))) for v in direction.values())
-    busy = forward + backward + weight
+        forward_parts.append(sum(times.forward.values()) + gather)
+        backward_parts.append(sum(times.backward_input.values()) + times.recompute + scatter)
+        weight_parts.append(sum(times.backward_weight.values(), 0.0))
+        for kind in TimeBreakdown.KINDS:
+            own = sum(table.get(kind, 0.0) for table in (times.forward, times.backward_input, times.backward_weight))
+            kinds.setdefault(kind, []).append(own + {"recompute": times.recompute, "fsdp": gather + scatter}.get(kind, 0.0))
+
+    forward, backward, weight = (over_stages(parts, runs) for parts in (forward_parts, backward_parts, weight_parts))
+    # DualPipe's devices share two slices of the model between them; elsewhere a device works on its own.
+    worked_runs = schedule.resident(runs) / schedule.parameter_copies
+    busy = schedule.resident(forward + backward + weight) / schedule.parameter_copies
     slowest = np.argmax(busy, axis=-1)
     transfer_s = _pipeline_transfer_s(graph, groups, cluster) * (1 - efficiency.stack.overlap.pipeline.value)
     bubble = schedule.bubble_s(forward, backward, weight, transfer_s, layout.pp, layout.num_virtual_stages, m)
-
-    def on_slowest(kind: str) -> Array:
-        values = np.broadcast_to(per_stage.get(kind, 0.0), busy.shape)
-        return np.take_along_axis(values, slowest[..., None], axis=-1)[..., 0] * m
-
-    kinds = {name: on_slowest("memory" if name == "memory_bound" else name) for name in TimeBreakdown.PARTS[:9]}
+    on_slowest = {kind: sum(seconds * worked_runs[i][slowest] for i, seconds in enumerate(parts)) * m for kind, parts in kinds.items()}
+    on_slowest["memory_bound"] = on_slowest.pop("memory")
     return TimeBreakdown(
-        **kinds,
+        **on_slowest,
         pipeline_transfer_and_bubble=bubble,
         data_parallel=_exposed_data_parallel(graph, groups, cluster, efficiency, backward + weight, forward),
         optimizer=_optimizer_s(graph, efficiency),
@@ -250,17 +241,21 @@ def _exposed_data_parallel(graph: StepGraph, groups: AxisGroups, cluster: Cluste
     Gradients hide behind the backward pass of the last microbatch, gathers behind the forward pass of the first.
     """
     zero, wire = np.asarray(graph.layout.zero_stage), _reduce_bytes(graph, efficiency)
-    reduce_s: Array = 0.0
-    gather_s: Array = 0.0
+    reduces, gathers = [], []
     for part in graph.parts:
+        reduce_s: Array = 0.0
+        gather_s: Array = 0.0
         for is_expert, group, replicas in ((False, groups.fsdp, groups.dp_replicate), (True, groups.expert_fsdp, groups.expert_replicate)):
             trained = sum(trained_params(part, is_expert, graph.layout.pp > 1))
             shards = group.size
             scatter = np.where(zero == 1, collective_s("reduce_scatter", trained * wire, group, cluster), 0.0)
             across = collective_s("all_reduce", trained * wire / np.where(zero >= 1, shards, 1), replicas, cluster)
             gather = np.where((zero == 1) | (zero == 2), collective_s("all_gather", trained * graph.precision.compute_bytes, group, cluster), 0.0)
-            reduce_s = reduce_s + _stage_axis(scatter + across) * part.counts
-            gather_s = gather_s + _stage_axis(gather) * part.counts
+            reduce_s = reduce_s + scatter + across
+            gather_s = gather_s + gather
+        reduces.append(reduce_s)
+        gathers.append(gather_s)
+    reduce_s, gather_s = (over_stages(parts, part_runs(graph)) for parts in (reduces, gathers))
     overlap = efficiency.stack.overlap.data_parallel.value
     exposed = np.maximum(reduce_s - overlap * backward_s, reduce_s * (1 - overlap)) + np.maximum(gather_s - overlap * forward_s, gather_s * (1 - overlap))
     return np.max(exposed, axis=-1)
@@ -269,11 +264,13 @@ def _exposed_data_parallel(graph: StepGraph, groups: AxisGroups, cluster: Cluste
 def _optimizer_s(graph: StepGraph, efficiency: Efficiency) -> Array:
     """Reads gradients twice (norm, update), reads and writes masters and states, writes compute weights."""
     optimizer, zero = get_optimizer(graph.workload.optimizer), np.asarray(graph.layout.zero_stage)
-    moved: Array = 0.0
+    moved = []
     for part in graph.parts:
+        held: Array = 0.0
         for is_expert, degree in ((False, graph.fsdp_degree), (True, graph.expert_fsdp_degree)):
             matrix, other = trained_params(part, is_expert, graph.layout.pp > 1)
             states = matrix * (8.0 if optimizer.is_factored else optimizer.matrix_state_bytes) + other * optimizer.other_state_bytes
             num_bytes = (matrix + other) * (2 * 4.0 + 2 * 4.0 + graph.precision.compute_bytes) + 2 * states
-            moved = moved + _stage_axis(num_bytes / np.where(zero >= 1, degree, 1)) * part.counts
-    return np.max(efficiency.memory_s(moved, 0), axis=-1)
+            held = held + num_bytes / np.where(zero >= 1, degree, 1)
+        moved.append(held)
+    return efficiency.memory_s(np.max(over_stages(moved, part_runs(graph)), axis=-1), 0)
