@@ -1,0 +1,374 @@
+"""Accelerators, links, offers and clusters: the strict reader of `data/hardware_catalog.yaml` and `data/offers.yaml`.
+
+Every rate is dense, per device and per direction. Text with units in the files becomes SI numbers here, once. Only the
+entry that is asked for is parsed: the files are cut at their top-level keys first, which keeps a single estimate fast.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from planner.errors import InputError
+from planner.files import DATA_DIR, parse_yaml, read_text, to_yaml
+from planner.registry import unknown_name
+from planner.spec import Bytes, BytesPerSecond, FlopsPerSecond, NonNegativeInt, PositiveInt, Seconds, Spec, UsdPerHour, Watts, build
+
+__all__ = ["Accelerator", "Catalog", "Cluster", "ClusterSpec", "Link", "Offer", "Pricing", "load_catalog"]
+
+Pricing = Literal["on_demand", "spot", "reserved_1y", "reserved_3y"]
+STALE_DAYS = 90
+PRICE_DATE = re.compile(r"(\d{4})(?:-(\d{2}))?(?:-(\d{2}))?")
+
+
+class Link(Spec):
+    """How devices reach each other. Rates per device, one direction."""
+
+    model_config = ConfigDict(**Spec.model_config, populate_by_name=True)
+
+    name: str
+    kind: Literal["switch", "mesh", "torus", "pcie"]
+    bandwidth_bytes_per_s: BytesPerSecond = Field(alias="bandwidth")
+    """All links of one device together."""
+    peer_bandwidth_bytes_per_s: BytesPerSecond = Field(alias="peer_bandwidth")
+    """Between two devices."""
+    domain_size: PositiveInt
+    """Devices that reach each other at these rates."""
+    torus_axes: NonNegativeInt = 0
+    torus_shape: list[PositiveInt] = []
+    """Largest slice."""
+    wraparound_min_axis: PositiveInt = 4
+    """Shorter axes have no wrap-around link, so rings take twice as long."""
+    ring_efficiency_fraction: float = Field(gt=0, le=1)
+    """Bus bandwidth of large ring collectives over `bandwidth_bytes_per_s`."""
+    allreduce_efficiency_fraction: float | None = Field(default=None, gt=0, le=2)
+    """The same for all-reduce where the switch adds (NVLink SHARP); may exceed 1."""
+    allreduce_min_group: PositiveInt | None = None
+    """Ranks from which the switch adds."""
+    latency_s: Seconds = Field(alias="latency")
+    """Per ring step."""
+    evidence: Literal["measured", "assumed"]
+    source: str = Field(min_length=4)
+
+    @model_validator(mode="after")
+    def _torus_has_shape(self) -> Link:
+        if (self.kind == "torus") != (len(self.torus_shape) > 0 and self.torus_axes == len(self.torus_shape)):
+            raise ValueError("a torus, and only a torus, has torus_axes and a torus_shape of as many numbers; give both or neither")
+        if (self.allreduce_efficiency_fraction is None) != (self.allreduce_min_group is None):
+            raise ValueError("allreduce_efficiency_fraction and allreduce_min_group belong together; give both or neither")
+        return self
+
+
+class Accelerator(Spec):
+    """One device as the framework sees it: a GPU, one die of an MI250X, a TPU chip, a Trainium chip."""
+
+    id: str
+    vendor: str
+    name: str
+    kind: Literal["gpu", "tpu", "npu"]
+    form_factor: str
+    aliases: list[str] = []
+    memory_bytes: Bytes | None = Field(default=None, alias="memory")
+    """As reported by the runtime; None where not published."""
+    memory_bandwidth_bytes_per_s: BytesPerSecond | None = Field(default=None, alias="memory_bandwidth")
+    dense_flops_per_s: dict[str, FlopsPerSecond] = Field(alias="dense_flops")
+    """Per precision, with fp32 accumulation, without sparsity."""
+    num_compute_units: PositiveInt | None = None
+    l2_cache_bytes: Bytes | None = Field(default=None, alias="l2_cache")
+    power_watts: Watts | None = Field(default=None, alias="power")
+    typical_node_size: PositiveInt
+    year: int = Field(ge=2015, le=2035)
+    scale_up: Link
+    scale_out: Link | None = None
+    """Network between nodes of the vendor's reference design."""
+    matmul_max_fraction: dict[str, float] = {}
+    """Best measured matmul rate over the dense peak, per precision."""
+    sustained_matmul_fraction: float = Field(default=1.0, gt=0, le=1)
+    """What power limits leave of that rate with all devices of a node busy."""
+    confidence: str
+    source: str = Field(min_length=4)
+    date: str
+    notes: str = ""
+
+
+class Offer(Spec):
+    """One instance type in one region, with dated prices per instance-hour."""
+
+    id: str
+    provider: str
+    instance_type: str
+    accelerator: str | None
+    devices_per_instance: PositiveInt
+    region: str | None = None
+    network_bytes_per_s: BytesPerSecond | None = Field(default=None, alias="network")
+    """Accelerator network per instance, one direction."""
+    network_kind: str = ""
+    usd_per_hour: dict[Pricing, float] = {}
+    price_date: str | None = None
+    source: str = Field(min_length=4)
+    notes: str = ""
+
+    @model_validator(mode="after")
+    def _prices_are_plausible(self) -> Offer:
+        if any(not 0 < price < 100 * self.devices_per_instance for price in self.usd_per_hour.values()):
+            raise ValueError("prices are dollars per instance-hour, above 0 and below 100 per device; correct usd_per_hour")
+        if self.usd_per_hour and self.price_date is None:
+            raise ValueError("a price needs its date; add price_date")
+        return self
+
+    def price_usd_per_device_hour(self, pricing: Pricing) -> float | None:
+        """Dollars per device-hour; None where the provider publishes none."""
+        price = self.usd_per_hour.get(pricing)
+        return None if price is None else price / self.devices_per_instance
+
+    def is_stale(self, today: datetime.date, days: int = STALE_DAYS) -> bool:
+        """Whether the price is older than `days`, or its date too vague to tell."""
+        match = PRICE_DATE.fullmatch(self.price_date or "")
+        if match is None or match[2] is None:
+            return True
+        dated = datetime.date(int(match[1]), int(match[2]), int(match[3] or 1))
+        return (today - dated).days > days
+
+
+class ClusterSpec(Spec):
+    """The hardware a user names."""
+
+    accelerator: str
+    num_devices: PositiveInt
+    offer: str | None = None
+    pricing: Pricing = "on_demand"
+    price: str | None = None
+    """Dollars per device-hour with the unit, e.g. "2.10 USD/h", instead of the offer's."""
+    node_size: PositiveInt | None = None
+    network: str | None = None
+    """Network per node and direction, e.g. "400 GB/s"."""
+    domain_size: PositiveInt | None = None
+    """Devices per scale-up domain: a TPU slice, an NVLink domain."""
+
+    @model_validator(mode="after")
+    def _texts_parse(self) -> ClusterSpec:
+        _Texts(price=self.price, network=self.network)
+        return self
+
+    @property
+    def price_usd_per_hour(self) -> float | None:
+        """`price` in dollars per device-hour."""
+        return _Texts(price=self.price).price
+
+    @property
+    def network_bytes_per_s(self) -> float | None:
+        """`network` in bytes per second and node."""
+        return _Texts(network=self.network).network
+
+
+class _Texts(Spec):
+    """The values with units of a ClusterSpec, which itself keeps the text that the user wrote."""
+
+    price: UsdPerHour | None = None
+    network: BytesPerSecond | None = None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hardware with every name looked up."""
+
+    accelerator: Accelerator
+    num_devices: int
+    node_size: int
+    scale_up: Link
+    scale_out: Link | None
+    offer: Offer | None
+    pricing: Pricing
+    usd_per_device_hour: float | None
+    assumptions: tuple[str, ...] = ()
+
+
+class _Entries(Mapping[str, Any]):
+    """Entries of catalog files, parsed when first looked at."""
+
+    def __init__(self, texts: dict[str, tuple[str, str]], kind: type[Spec]) -> None:
+        self._texts = texts
+        self._kind = kind
+        self._built: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._built:
+            text, where = self._texts[name]
+            values = parse_yaml(text, where)[name]
+            if not isinstance(values, dict):
+                raise InputError.single(name, values, "an entry is a mapping of keys", "see data/hardware_catalog.yaml", where)
+            values = {key: value for key, value in values.items() if key != "replace"}
+            self._built[name] = build(self._kind, {"id": name, **values}, name, where)
+        return self._built[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+
+_TOP_KEY = re.compile(r"^(?:'([^'\n]+)'|\"([^\"\n]+)\"|([^\s#'\"][^:\n]*?)):", re.MULTILINE)
+
+
+def _cut(text: str, where: str) -> dict[str, tuple[str, str]]:
+    """Top-level key -> (its lines, file), without parsing them."""
+    found: dict[str, tuple[str, str]] = {}
+    matches = list(_TOP_KEY.finditer(text))
+    for match, following in zip(matches, [*matches[1:], None], strict=True):
+        name = match[1] or match[2] or match[3]
+        if name in found:
+            raise InputError.single(name, None, "stands twice in one catalog file", "remove one of the two entries", where)
+        found[name] = (text[match.start() : following.start() if following else len(text)], where)
+    return found
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """All accelerators and offers that can be named."""
+
+    accelerators: Mapping[str, Accelerator]
+    offers: Mapping[str, Offer]
+    aliases: Mapping[str, str]
+
+    def accelerator(self, name: str) -> Accelerator:
+        """An accelerator by id or alias, in any case.
+
+        Raises:
+            InputError: unknown name; the nearest ones are named.
+        """
+        key = name.strip().lower()
+        key = self.aliases.get(key, key)
+        if key not in self.accelerators:
+            raise unknown_name("cluster.accelerator", name, list(self.accelerators), " (see planner catalog accelerators)")
+        return self.accelerators[key]
+
+    def offer(self, name: str) -> Offer:
+        """An offer by id; without a region the first one of that instance type.
+
+        Raises:
+            InputError: unknown name.
+        """
+        if name in self.offers:
+            return self.offers[name]
+        for known in self.offers:
+            if known.split("@")[0] == name:
+                return self.offers[known]
+        raise unknown_name("cluster.offer", name, list(self.offers), " (see planner catalog offers)")
+
+    def resolve(self, spec: ClusterSpec) -> Cluster:
+        """The cluster a user named, with what was guessed about it.
+
+        Raises:
+            InputError: unknown names, an offer of another accelerator or without the price asked for, unpublished memory or bandwidth.
+        """
+        device = self.accelerator(spec.accelerator)
+        _refuse_unpublished(device)
+        offer = self.offer(spec.offer) if spec.offer is not None else None
+        if offer is not None and (offer.accelerator is None or self.accelerator(offer.accelerator).id != device.id):
+            fix = f"use accelerator {offer.accelerator}, or another offer"
+            raise InputError.single("cluster.offer", spec.offer, f"holds {offer.accelerator}, and cluster.accelerator is {device.id}", fix)
+        notes: list[str] = []
+        if not device.confidence.startswith("high"):
+            notes.append(f"catalog values of {device.id} are of {device.confidence} confidence: see planner catalog accelerators {device.id}")
+        node_size = spec.node_size or (offer.devices_per_instance if offer else min(device.typical_node_size, spec.num_devices))
+        scale_out = _scale_out(spec, device, offer, node_size, notes)
+        domain = min(spec.domain_size or device.scale_up.domain_size, spec.num_devices)
+        scale_up = device.scale_up.model_copy(update={"domain_size": domain})
+        return Cluster(device, spec.num_devices, node_size, scale_up, scale_out, offer, spec.pricing, _price(spec, offer, notes), tuple(notes))
+
+
+def _refuse_unpublished(device: Accelerator) -> None:
+    missing = [name for name, value in (("memory", device.memory_bytes), ("memory_bandwidth", device.memory_bandwidth_bytes_per_s)) if value is None]
+    if missing or not device.dense_flops_per_s:
+        what = " and ".join([*missing, *([] if device.dense_flops_per_s else ["dense_flops"])])
+        fix = "add an entry with these values with --catalog (replace: true)"
+        raise InputError.single("cluster.accelerator", device.id, f"cannot be planned: its {what} could not be confirmed in a source", fix)
+
+
+def _scale_out(spec: ClusterSpec, device: Accelerator, offer: Offer | None, node_size: int, notes: list[str]) -> Link | None:
+    """The network between nodes: the user's, the offer's, or the vendor's reference design."""
+    reference = device.scale_out
+    per_node = spec.network_bytes_per_s or (offer.network_bytes_per_s if offer else None)
+    if per_node is None:
+        if reference is not None and spec.num_devices > device.scale_up.domain_size:
+            notes.append(f"network between nodes: {reference.name}, {reference.bandwidth_bytes_per_s / 1e9:g} GB/s per device (reference design)")
+        return reference
+    rate = per_node / node_size
+    name = "as given" if spec.network_bytes_per_s else f"{offer.network_kind} of {offer.id}" if offer else ""
+    latency = reference.latency_s if reference else 1e-5
+    return Link.model_construct(
+        name=name, kind="switch", bandwidth_bytes_per_s=rate, peer_bandwidth_bytes_per_s=rate, domain_size=1, torus_axes=0, torus_shape=[], wraparound_min_axis=1,
+        ring_efficiency_fraction=reference.ring_efficiency_fraction if reference else 0.8, allreduce_efficiency_fraction=None, allreduce_min_group=None,
+        latency_s=latency, evidence="assumed", source=offer.source if offer else "given by the user",
+    )  # fmt: skip
+
+
+def _price(spec: ClusterSpec, offer: Offer | None, notes: list[str]) -> float | None:
+    if spec.price_usd_per_hour is not None:
+        return spec.price_usd_per_hour
+    if offer is None:
+        return None
+    price = offer.price_usd_per_device_hour(spec.pricing)
+    if price is None:
+        known = ", ".join(offer.usd_per_hour) or "none"
+        raise InputError.single("cluster.pricing", spec.pricing, f"{offer.id} has no such price (known: {known})", "use a known one, or give --price")
+    if offer.is_stale(datetime.date.today()):
+        notes.append(f"price of {offer.id} dates from {offer.price_date}: older than {STALE_DAYS} days or undated, check it")
+    return price
+
+
+def load_catalog(extra: Path | None = None) -> Catalog:
+    """The shipped catalog, with the entries of `extra` added.
+
+    Args:
+        extra: a YAML file with `accelerators:` and `offers:`, each a mapping of entries; one with an id that is already taken needs
+            `replace: true`.
+    Raises:
+        InputError: unreadable file, or an id that is taken.
+    """
+    accelerators = _read(DATA_DIR / "hardware_catalog.yaml")
+    offers = _read(DATA_DIR / "offers.yaml")
+    aliases = _aliases(accelerators)
+    if extra is not None:
+        _add(extra, accelerators, offers)
+        aliases |= _aliases({name: text for name, text in accelerators.items() if text[1] == str(extra)})
+    return Catalog(_Entries(accelerators, Accelerator), _Entries(offers, Offer), aliases)
+
+
+def _read(path: Path) -> dict[str, tuple[str, str]]:
+    return _cut(read_text(path), path.name)
+
+
+_ALIASES = re.compile(r"^\s+aliases:\s*\[([^\]]*)\]", re.MULTILINE)
+
+
+def _aliases(texts: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """Alias -> id, read from the `aliases: [...]` lines alone."""
+    found: dict[str, str] = {}
+    for name, (text, _) in texts.items():
+        match = _ALIASES.search(text)
+        for alias in match[1].split(",") if match else []:
+            if alias.strip():
+                found[alias.strip().strip("'\"").lower()] = name
+    return found
+
+
+def _add(path: Path, accelerators: dict[str, tuple[str, str]], offers: dict[str, tuple[str, str]]) -> None:
+    values = parse_yaml(read_text(path), str(path))
+    known = {"accelerators": accelerators, "offers": offers}
+    if not isinstance(values, dict) or not set(values) <= set(known):
+        raise InputError.single("catalog", values, "a catalog file holds accelerators: and offers:, each a mapping of entries", "see docs/adding.md", str(path))
+    for section, entries in values.items():
+        if not isinstance(entries, dict):
+            raise InputError.single(section, entries, "must be a mapping of ids to entries", "see docs/adding.md", str(path))
+        for name, entry in entries.items():
+            if name in known[section] and not (isinstance(entry, dict) and entry.get("replace") is True):
+                raise InputError.single(f"{section}.{name}", name, "is already in the catalog", "choose another id, or add replace: true", str(path))
+            known[section][name] = (to_yaml({name: entry}), str(path))
