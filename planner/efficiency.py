@@ -81,6 +81,8 @@ class StackSpec(Spec):
     saves_gathered_input: bool
     selective_recompute: list[Literal["norm", "activation", "scores", "dropout"]]
     """Producers whose tensors `recompute: selective` drops."""
+    recompute_stops_early: bool
+    """Recomputing a block ends once every tensor of the backward pass is there again: its last matmul is not repeated."""
     matmul: Coefficient
     """Rate of large matmuls in a training step over the best rate measured alone (hot devices, power limit)."""
     grouped_matmul: Coefficient

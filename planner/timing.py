@@ -128,7 +128,8 @@ def _part_times(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Clust
     def add(table: dict[str, Array], kind: str, seconds: Array) -> None:
         table[kind] = table.get(kind, 0.0) + seconds
 
-    for cost in part.costs:
+    repeated = _num_repeated(part, efficiency.stack.recompute_stops_early)
+    for position, cost in enumerate(part.costs):
         kind = cost.op.kind
         if kind != "collective":
             own_forward = efficiency.forward_s(cost, graph.seq_len, is_flash)
@@ -143,9 +144,15 @@ def _part_times(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Clust
         for axis in going:
             add(forward, axis, going[axis])
             add(backward, axis, coming[axis])
-        if part.is_block and (recompute == "full" or _is_recomputed(cost, dropped)):
+        if part.is_block and ((recompute == "full" and position < repeated) or _is_recomputed(cost, dropped)):
             again = again + own_forward + sum(going.values())
     return _PartTimes(forward, backward, weight, again)
+
+
+def _num_repeated(part: Part, stops_early: bool) -> int:
+    """How many ops of a block full recompute runs again: all, or those before the last one that keeps its input."""
+    last = max((i for i, cost in enumerate(part.costs) if cost.saved), default=len(part.costs))
+    return last if stops_early else len(part.costs)
 
 
 def _is_recomputed(cost: OpCost, dropped: list[Any]) -> bool:
