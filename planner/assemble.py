@@ -20,7 +20,15 @@ __all__ = ["assemble_plan"]
 
 
 def assemble_plan(
-    request: Request, job: Job, layout: Layout, graph: StepGraph, memory: MemoryBreakdown, time: TimeBreakdown, cost: CostBreakdown, goodput: Goodput, why: list[str]
+    request: Request,
+    job: Job,
+    layout: Layout,
+    graph: StepGraph,
+    memory: MemoryBreakdown,
+    time: TimeBreakdown,
+    cost: CostBreakdown,
+    goodput: Goodput,
+    why: list[str],
 ) -> Plan:
     """The record of everything that `estimate` found."""
     params = Params(**{name: int(value) for name, value in count_params(job.model, job.seq_len).items()})
@@ -86,7 +94,9 @@ def _memory(job: Job, memory: MemoryBreakdown) -> Memory:
     )
     peak = stages[peak_stage].total_bytes
     spread = job.stack.memory_interval_fraction
-    return Memory(Interval(peak, peak * (1 - spread), peak * (1 + spread)), usable, peak <= usable, peak_stage, stages[peak_stage].breakdown_bytes, stages)
+    return Memory(
+        Interval(peak, peak * (1 - spread), peak * (1 + spread)), usable, peak <= usable, peak_stage, stages[peak_stage].breakdown_bytes, stages
+    )
 
 
 def _time(job: Job, graph: StepGraph, time: TimeBreakdown, cost: CostBreakdown, flops: Flops) -> Time:
@@ -130,12 +140,20 @@ def _loss(job: Job, params: Params) -> tuple[Loss | None, list[str]]:
 def _cost(job: Job, cost: CostBreakdown, goodput: Goodput) -> Cost:
     offer, spread = job.cluster.offer, job.stack.time_interval_fraction
     usd = None if cost.usd is None else Interval(cost.usd, cost.usd * (1 - spread), cost.usd * (1 + spread))
-    price = None
+    price: dict[str, Any] | None = None
     breakdown: dict[str, float] = {}
     if cost.usd is not None and cost.idle_device_usd is not None and cost.lost_time_usd is not None:
         price = {"pricing": job.cluster.pricing, "usd_per_device_hour": job.cluster.usd_per_device_hour}
-        price |= {"offer": offer.id, "region": offer.region, "date": str(offer.price_date), "source": offer.source} if offer is not None else {"source": "given by the user"}
-        breakdown = {"training": cost.usd - cost.idle_device_usd - cost.lost_time_usd, "failures_and_checkpoints": cost.lost_time_usd, "idle_devices": cost.idle_device_usd}
+        price |= (
+            {"offer": offer.id, "region": offer.region, "date": str(offer.price_date), "source": offer.source}
+            if offer is not None
+            else {"source": "given by the user"}
+        )
+        breakdown = {
+            "training": cost.usd - cost.idle_device_usd - cost.lost_time_usd,
+            "failures_and_checkpoints": cost.lost_time_usd,
+            "idle_devices": cost.idle_device_usd,
+        }
     return Cost(
         usd=usd,
         usd_per_device_hour=job.cluster.usd_per_device_hour,
@@ -160,7 +178,8 @@ def _standing_assumptions(job: Job, goodput: Goodput) -> list[str]:
     notes = [
         f"goodput {goodput.fraction:.3f}: 4 failures per 1000 node-days, 10 min to restart, 30 s stall per checkpoint",
         "energy: boards at 80% of rated power, 240 W per device for the host, PUE 1.15, 475 g CO2e/kWh (world average)",
-        f"intervals: step time +-{job.stack.time_interval_fraction:.0%}, memory +-{job.stack.memory_interval_fraction:.0%}; assumed until this stack is calibrated",
+        f"intervals: step time +-{job.stack.time_interval_fraction:.0%}, memory +-{job.stack.memory_interval_fraction:.0%};"
+        " assumed until this stack is calibrated",
     ]
     if job.cluster.accelerator.power_watts is None:
         notes.append(f"energy counts the hosts only: the board power of {job.cluster.accelerator.id} is not published")
@@ -174,7 +193,11 @@ def _standing_assumptions(job: Job, goodput: Goodput) -> list[str]:
 def _evidence(job: Job) -> tuple[Evidence, ...]:
     """The coefficients that the step time rests on."""
     stack, efficiency = job.stack, job.efficiency
-    coefficients = {"matmul rate over dense peak": efficiency.matmul_peak_fraction, "memory bandwidth over data sheet": stack.memory, "attention over its published curve": stack.attention}
+    coefficients = {
+        "matmul rate over dense peak": efficiency.matmul_peak_fraction,
+        "memory bandwidth over data sheet": stack.memory,
+        "attention over its published curve": stack.attention,
+    }
     coefficients |= {f"overlap of {name}": getattr(stack.overlap, name) for name in type(stack.overlap).model_fields}
     return tuple(Evidence(name, c.value, c.evidence, c.source) for name, c in coefficients.items())
 

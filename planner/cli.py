@@ -20,7 +20,13 @@ from planner.errors import InputError, PlannerError, Problem, nearest
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, help="Plan an LLM training run before you pay for it.")
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Plan an LLM training run before you pay for it.",
+)
 
 Text = Annotated[str | None, typer.Option(metavar="TEXT")]
 Number = Annotated[str | None, typer.Option(metavar="N")]
@@ -28,9 +34,32 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on stand
 PlanFile = Annotated[str | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; options below change it.")]
 
 MODEL_KEYS = {"model": "model", "stack": "stack", "catalog": "catalog"}
-WORKLOAD_KEYS = ("job", "seq_len", "global_batch_size", "tokens", "precision", "optimizer", "recompute", "attention_kernel", "loss_kernel", "lora_rank")
+WORKLOAD_KEYS = (
+    "job",
+    "seq_len",
+    "global_batch_size",
+    "tokens",
+    "precision",
+    "optimizer",
+    "recompute",
+    "attention_kernel",
+    "loss_kernel",
+    "lora_rank",
+)
 CLUSTER_KEYS = ("accelerator", "num_devices", "offer", "pricing", "price", "node_size", "domain_size")
-LAYOUT_KEYS = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "num_virtual_stages", "schedule", "ep", "zero_stage", "sequence_parallel", "micro_batch_size")
+LAYOUT_KEYS = (
+    "dp_replicate",
+    "dp_shard",
+    "tp",
+    "cp",
+    "pp",
+    "num_virtual_stages",
+    "schedule",
+    "ep",
+    "zero_stage",
+    "sequence_parallel",
+    "micro_batch_size",
+)
 
 
 @app.command(epilog="Example: planner estimate --model llama-3.1-8b --accelerator h100 --num-devices 64 --tokens 1T")
@@ -99,7 +128,9 @@ def _gates(budget: str | None, max_days: str | None) -> list[tuple[str, Any]]:
     gates: list[tuple[str, Any]] = []
     if budget is not None:
         limit = parse_count(budget, "--budget")
-        gates.append((f"the run costs more than {format_usd(limit)}, or its price is unknown", lambda p: p.cost.usd is not None and p.cost.usd.value <= limit))
+        gates.append(
+            (f"the run costs more than {format_usd(limit)}, or its price is unknown", lambda p: p.cost.usd is not None and p.cost.usd.value <= limit)
+        )
     if max_days is not None:
         days = parse_count(max_days, "--max-days")
         gates.append((f"the run takes longer than {days:g} days", lambda p: p.time.train_s.value <= days * DAY_S))
@@ -214,7 +245,9 @@ def catalog(
 
 
 @app.command(epilog="Example: planner validate --measurements data/measurements/anchors.csv")
-def validate(measurements: Annotated[str, typer.Option(metavar="FILE.csv", help="Published or own measurements.")], as_json: JsonFlag = False) -> None:
+def validate(
+    measurements: Annotated[str, typer.Option(metavar="FILE.csv", help="Published or own measurements.")], as_json: JsonFlag = False
+) -> None:
     """Predictions against a table of measurements."""
     from planner.files import to_json
     from planner.validation import read_rows, render_markdown, validate_rows
@@ -227,7 +260,9 @@ def _fail(error: PlannerError, as_json: bool) -> int:
     from planner.files import to_json
 
     if as_json:
-        problems = [{"key": p.key, "value": repr(p.value)[:200], "rule": p.rule, "fix": p.fix, "where": p.where} for p in getattr(error, "problems", ())]
+        problems = [
+            {"key": p.key, "value": repr(p.value)[:200], "rule": p.rule, "fix": p.fix, "where": p.where} for p in getattr(error, "problems", ())
+        ]
         sys.stdout.write(to_json({"error": problems or [{"rule": str(error)}]}))
     sys.stderr.write(f"{error}\n")
     return error.exit_status
@@ -270,7 +305,9 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except Exception as error:  # the last line of defence: a fault of ours must still read like one
-        sys.stderr.write(f"planner failed: {type(error).__name__}: {error}\nThis is a fault of ours; set PLANNER_DEBUG=1 to see where, and please report it.\n")
+        sys.stderr.write(
+            f"planner failed: {type(error).__name__}: {error}\nThis is a fault of ours; set PLANNER_DEBUG=1 to see where, and please report it.\n"
+        )
         if os.environ.get("PLANNER_DEBUG"):
             traceback.print_exc()
         status = 1

@@ -147,7 +147,12 @@ def _attention_curve(library: str, accelerator: Accelerator, head_dim: int, is_c
     """The published curve nearest to what runs: same library and device family, then nearest head size."""
     curves = [c for c in _attention_curves() if c["library"] == library and c["phase"] in (phase, "both")]
     if not curves:
-        raise InputError.single("stack.attention_library", library, "must be a library of data/attention_kernels.yaml", f"use one of {sorted({c['library'] for c in _attention_curves()})}")
+        raise InputError.single(
+            "stack.attention_library",
+            library,
+            "must be a library of data/attention_kernels.yaml",
+            f"use one of {sorted({c['library'] for c in _attention_curves()})}",
+        )
     here = [c for c in curves if any(fnmatch(accelerator.id, pattern) for pattern in c["accelerators"])] or curves[-1:]
     best = min(here, key=lambda c: (abs(c["head_dim"] - head_dim), c["causal"] != is_causal))
     return AttentionCurve(tuple(map(float, best["seq_lens"])), tuple(map(float, best["fractions"])), best["evidence"], best["source"])
@@ -170,7 +175,12 @@ class Efficiency:
         rates = self.accelerator.dense_flops_per_s
         if rate not in rates:
             known = ", ".join(rates) or "none"
-            raise InputError.single("workload.precision", rate, f"{self.accelerator.id} has no known dense rate for it", f"use one of its rates ({known}), or add the rate with --catalog")
+            raise InputError.single(
+                "workload.precision",
+                rate,
+                f"{self.accelerator.id} has no known dense rate for it",
+                f"use one of its rates ({known}), or add the rate with --catalog",
+            )
         return rates[rate]
 
     @property
@@ -180,9 +190,15 @@ class Efficiency:
         rate = self.precision.matmul_rate
         best = measured.get(rate, measured.get("bf16", UNMEASURED_MATMUL_FRACTION))
         is_measured = rate in measured
-        origin = f"best matmul measured alone {best:.3f} of peak" if is_measured else f"no measurement for {rate} on {self.accelerator.id}: {best:.3f} assumed"
+        origin = (
+            f"best matmul measured alone {best:.3f} of peak"
+            if is_measured
+            else f"no measurement for {rate} on {self.accelerator.id}: {best:.3f} assumed"
+        )
         evidence: Evidence = self.stack.matmul.evidence if is_measured else "assumed"
-        return Coefficient(value=best * self.stack.matmul.value, evidence=evidence, source=f"{origin}; times {self.stack.matmul.value} ({self.stack.matmul.source})")
+        return Coefficient(
+            value=best * self.stack.matmul.value, evidence=evidence, source=f"{origin}; times {self.stack.matmul.value} ({self.stack.matmul.source})"
+        )
 
     def shape_fraction(self, m: Array, n: Array, k: Array) -> Array:
         """Share of the large-matmul rate that an [m, k] x [k, n] product reaches.

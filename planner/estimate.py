@@ -39,7 +39,9 @@ def estimate(request: Request | dict[str, Any]) -> Plan:
     check_layout(layout, job.facts)
     check_schedule(layout.schedule, layout.pp, layout.num_virtual_stages, job.global_batch_size // (layout.dp * layout.micro_batch_size))
 
-    graph = build_step_graph(job.model, job.workload, layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size)
+    graph = build_step_graph(
+        job.model, job.workload, layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
+    )
     memory = estimate_memory(graph, job.stack, job.cluster)
     time = estimate_time(graph, job.cluster, job.efficiency)
     num_steps = -(-job.tokens // (job.global_batch_size * job.seq_len))

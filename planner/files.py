@@ -116,6 +116,7 @@ def parse_yaml(text: str, where: str = "") -> Any:
 def _refuse_aliases_and_depth(text: str) -> None:
     """Reads the event stream, which is flat, before anything is built from it."""
     depth = 0
+    event: Any
     for event in yaml.parse(text, Loader=_Base):
         if isinstance(event, yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=event.start_mark)

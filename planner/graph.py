@@ -23,7 +23,17 @@ from planner.precision import Precision
 from planner.schedules import SCHEDULES
 from planner.workload import Workload
 
-__all__ = ["Part", "StepGraph", "build_step_graph", "count_params", "make_numerics", "model_flops_per_token", "over_stages", "part_runs", "stage_counts"]
+__all__ = [
+    "Part",
+    "StepGraph",
+    "build_step_graph",
+    "count_params",
+    "make_numerics",
+    "model_flops_per_token",
+    "over_stages",
+    "part_runs",
+    "stage_counts",
+]
 
 Array = Any
 DEFAULT_LORA_RANK = 16
@@ -86,7 +96,7 @@ def part_runs(graph: StepGraph) -> np.ndarray:
 
 def over_stages(per_part: Sequence[Array], runs: np.ndarray) -> np.ndarray:
     """Sum over parts of a quantity per run, a number or [n] for each part, times its runs: [..., pp]."""
-    return np.stack(np.broadcast_arrays(*(np.asarray(value, float) for value in per_part)), axis=-1) @ runs
+    return np.asarray(np.stack(np.broadcast_arrays(*(np.asarray(value, float) for value in per_part)), axis=-1) @ runs)
 
 
 def make_numerics(workload: Workload, stack: StackSpec, precision: Precision) -> Numerics:
@@ -134,7 +144,14 @@ def _costs(ops: tuple[Op, ...], shard: Shard, numerics: Numerics) -> tuple[OpCos
 
 
 def build_step_graph(
-    model: ModelSpec, workload: Workload, layout: Layout | LayoutArrays, numerics: Numerics, precision: Precision, *, seq_len: int, global_batch_size: int
+    model: ModelSpec,
+    workload: Workload,
+    layout: Layout | LayoutArrays,
+    numerics: Numerics,
+    precision: Precision,
+    *,
+    seq_len: int,
+    global_batch_size: int,
 ) -> StepGraph:
     """The ops of one step, sharded.
 
@@ -150,7 +167,11 @@ def build_step_graph(
     first, last = np.zeros(pp), np.zeros(pp)
     first[0] = last[-1] = 1
     blocks = tuple(Part(name, _costs(ops, shard, numerics), counts[kind], True) for kind, (name, ops) in enumerate(listed.blocks))
-    parts = (Part("embedding", _costs(listed.embedding, shard, numerics), first, False), *blocks, Part("head", _costs(listed.head, shard, numerics), last, False))
+    parts = (
+        Part("embedding", _costs(listed.embedding, shard, numerics), first, False),
+        *blocks,
+        Part("head", _costs(listed.head, shard, numerics), last, False),
+    )
     return StepGraph(model, workload, layout, numerics, precision, shard, parts, seq_len, global_batch_size)
 
 

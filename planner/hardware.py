@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_serializer, model_validator
 
 from planner.errors import InputError
 from planner.files import DATA_DIR, parse_yaml, read_text, to_yaml
@@ -41,7 +41,7 @@ class Link(Spec):
     domain_size: PositiveInt
     """Devices that reach each other at these rates."""
     torus_axes: NonNegativeInt = 0
-    torus_shape: list[PositiveInt] = []
+    torus_shape: tuple[PositiveInt, ...] = Field(default=(), strict=False)
     """Largest slice."""
     wraparound_min_axis: PositiveInt = 4
     """Shorter axes have no wrap-around link, so rings take twice as long."""
@@ -73,10 +73,10 @@ class Accelerator(Spec):
     name: str
     kind: Literal["gpu", "tpu", "npu"]
     form_factor: str
-    aliases: list[str] = []
-    memory_bytes: Bytes | None = Field(default=None, alias="memory")
-    """As reported by the runtime; None where not published."""
-    memory_bandwidth_bytes_per_s: BytesPerSecond | None = Field(default=None, alias="memory_bandwidth")
+    aliases: tuple[str, ...] = Field(default=(), strict=False)
+    memory_bytes: Bytes = Field(alias="memory")
+    """As reported by the runtime."""
+    memory_bandwidth_bytes_per_s: BytesPerSecond = Field(alias="memory_bandwidth")
     dense_flops_per_s: dict[str, FlopsPerSecond] = Field(alias="dense_flops")
     """Per precision, with fp32 accumulation, without sparsity."""
     num_compute_units: PositiveInt | None = None
@@ -87,7 +87,7 @@ class Accelerator(Spec):
     scale_up: Link
     scale_out: Link | None = None
     """Network between nodes of the vendor's reference design."""
-    matmul_max_fraction: dict[str, float] = {}
+    matmul_max_fraction: dict[str, float] = Field(default_factory=dict)
     """Best measured matmul rate over the dense peak, per precision."""
     sustained_matmul_fraction: float = Field(default=1.0, gt=0, le=1)
     """What power limits leave of that rate with all devices of a node busy."""
@@ -109,7 +109,7 @@ class Offer(Spec):
     network_bytes_per_s: BytesPerSecond | None = Field(default=None, alias="network")
     """Accelerator network per instance, one direction."""
     network_kind: str = ""
-    usd_per_hour: dict[Pricing, float] = {}
+    usd_per_hour: dict[Pricing, float] = Field(default_factory=dict)
     price_date: str | None = None
     source: str = Field(min_length=4)
     notes: str = ""
@@ -143,35 +143,21 @@ class ClusterSpec(Spec):
     num_devices: PositiveInt
     offer: str | None = None
     pricing: Pricing = "on_demand"
-    price: str | None = None
-    """Dollars per device-hour with the unit, e.g. "2.10 USD/h", instead of the offer's."""
+    price_usd_per_hour: UsdPerHour | None = Field(default=None, alias="price")
+    """Per device, e.g. "2.10 USD/h", instead of the offer's."""
     node_size: PositiveInt | None = None
-    network: str | None = None
-    """Network per node and direction, e.g. "400 GB/s"."""
+    network_bytes_per_s: BytesPerSecond | None = Field(default=None, alias="network")
+    """Per node and direction, e.g. "400 GB/s"."""
     domain_size: PositiveInt | None = None
     """Devices per scale-up domain: a TPU slice, an NVLink domain."""
 
-    @model_validator(mode="after")
-    def _texts_parse(self) -> ClusterSpec:
-        _Texts(price=self.price, network=self.network)
-        return self
+    @field_serializer("price_usd_per_hour")
+    def _price_with_unit(self, value: float | None) -> str | None:
+        return None if value is None else f"{value!r} USD/h"
 
-    @property
-    def price_usd_per_hour(self) -> float | None:
-        """`price` in dollars per device-hour."""
-        return _Texts(price=self.price).price
-
-    @property
-    def network_bytes_per_s(self) -> float | None:
-        """`network` in bytes per second and node."""
-        return _Texts(network=self.network).network
-
-
-class _Texts(Spec):
-    """The values with units of a ClusterSpec, which itself keeps the text that the user wrote."""
-
-    price: UsdPerHour | None = None
-    network: BytesPerSecond | None = None
+    @field_serializer("network_bytes_per_s")
+    def _network_with_unit(self, value: float | None) -> str | None:
+        return None if value is None else f"{value!r} B/s"
 
 
 @dataclass(frozen=True)
@@ -266,10 +252,9 @@ class Catalog:
         """The cluster a user named, with what was guessed about it.
 
         Raises:
-            InputError: unknown names, an offer of another accelerator or without the price asked for, unpublished memory or bandwidth.
+            InputError: unknown names, an offer of another accelerator or without the price asked for.
         """
         device = self.accelerator(spec.accelerator)
-        _refuse_unpublished(device)
         offer = self.offer(spec.offer) if spec.offer is not None else None
         if offer is not None and (offer.accelerator is None or self.accelerator(offer.accelerator).id != device.id):
             fix = f"use accelerator {offer.accelerator}, or another offer"
@@ -284,14 +269,6 @@ class Catalog:
         return Cluster(device, spec.num_devices, node_size, scale_up, scale_out, offer, spec.pricing, _price(spec, offer, notes), tuple(notes))
 
 
-def _refuse_unpublished(device: Accelerator) -> None:
-    missing = [name for name, value in (("memory", device.memory_bytes), ("memory_bandwidth", device.memory_bandwidth_bytes_per_s)) if value is None]
-    if missing or not device.dense_flops_per_s:
-        what = " and ".join([*missing, *([] if device.dense_flops_per_s else ["dense_flops"])])
-        fix = "add an entry with these values with --catalog (replace: true)"
-        raise InputError.single("cluster.accelerator", device.id, f"cannot be planned: its {what} could not be confirmed in a source", fix)
-
-
 def _scale_out(spec: ClusterSpec, device: Accelerator, offer: Offer | None, node_size: int, notes: list[str]) -> Link | None:
     """The network between nodes: the user's, the offer's, or the vendor's reference design."""
     reference = device.scale_out
@@ -304,8 +281,8 @@ def _scale_out(spec: ClusterSpec, device: Accelerator, offer: Offer | None, node
     name = "as given" if spec.network_bytes_per_s else f"{offer.network_kind} of {offer.id}" if offer else ""
     latency = reference.latency_s if reference else 1e-5
     return Link.model_construct(
-        name=name, kind="switch", bandwidth_bytes_per_s=rate, peer_bandwidth_bytes_per_s=rate, domain_size=1, torus_axes=0, torus_shape=[], wraparound_min_axis=1,
-        ring_efficiency_fraction=reference.ring_efficiency_fraction if reference else 0.8, allreduce_efficiency_fraction=None, allreduce_min_group=None,
+        name=name, kind="switch", bandwidth_bytes_per_s=rate, peer_bandwidth_bytes_per_s=rate, domain_size=1, torus_axes=0, torus_shape=(),
+        wraparound_min_axis=1, ring_efficiency_fraction=reference.ring_efficiency_fraction if reference else 0.8, allreduce_efficiency_fraction=None, allreduce_min_group=None,
         latency_s=latency, evidence="assumed", source=offer.source if offer else "given by the user",
     )  # fmt: skip
 
@@ -364,7 +341,9 @@ def _add(path: Path, accelerators: dict[str, tuple[str, str]], offers: dict[str,
     values = parse_yaml(read_text(path), str(path))
     known = {"accelerators": accelerators, "offers": offers}
     if not isinstance(values, dict) or not set(values) <= set(known):
-        raise InputError.single("catalog", values, "a catalog file holds accelerators: and offers:, each a mapping of entries", "see docs/adding.md", str(path))
+        raise InputError.single(
+            "catalog", values, "a catalog file holds accelerators: and offers:, each a mapping of entries", "see docs/adding.md", str(path)
+        )
     for section, entries in values.items():
         if not isinstance(entries, dict):
             raise InputError.single(section, entries, "must be a mapping of ids to entries", "see docs/adding.md", str(path))

@@ -108,7 +108,9 @@ class LayoutArrays:
 
 def describe_layout(layout: Layout) -> str:
     """One line: the degrees that differ from 1, then ZeRO and the micro-batch."""
-    degrees = [f"{name}{format_count(getattr(layout, name))}" for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep") if getattr(layout, name) > 1]
+    degrees = [
+        f"{name}{format_count(getattr(layout, name))}" for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep") if getattr(layout, name) > 1
+    ]
     extra = [f"zero{layout.zero_stage}", f"micro-batch {layout.micro_batch_size}"]
     if layout.sequence_parallel:
         extra.insert(0, "sp")

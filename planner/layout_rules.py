@@ -46,6 +46,11 @@ def _world(layout: AnyLayout) -> Array:
     return layout.dp * layout.tp * layout.cp * layout.pp
 
 
+def _product(layout: AnyLayout) -> str:
+    degrees = (layout.dp_replicate, layout.dp_shard, layout.tp, layout.cp, layout.pp)
+    return f"dp_replicate*dp_shard*tp*cp*pp = {'*'.join(map(str, degrees))} = {_world(layout)}"
+
+
 def _divisors(number: int, limit: int = 16) -> str:
     found = [d for d in range(1, min(number, 4096) + 1) if number % d == 0]
     return "use one of " + ", ".join(str(d) for d in found[:limit]) + (", ..." if len(found) > limit else "")
@@ -77,88 +82,92 @@ def _slices(layout: AnyLayout) -> int:
 RULES: tuple[Rule, ...] = (
     Rule(
         "layout",
-        lambda l, f: _world(l) == f.num_devices,
-        lambda l, f: f"dp_replicate*dp_shard*tp*cp*pp = {l.dp_replicate}*{l.dp_shard}*{l.tp}*{l.cp}*{l.pp} = {_world(l)} must equal cluster.num_devices = {f.num_devices}",
-        lambda l, f: f"set cluster.num_devices to {_world(l)}, or choose degrees whose product is {f.num_devices}",
+        lambda x, f: _world(x) == f.num_devices,
+        lambda x, f: (
+            f"dp_replicate*dp_shard*tp*cp*pp = {x.dp_replicate}*{x.dp_shard}*{x.tp}*{x.cp}*{x.pp} = {_world(x)} must equal cluster.num_devices = {f.num_devices}"
+        ),
+        lambda x, f: f"set cluster.num_devices to {_world(x)}, or choose degrees whose product is {f.num_devices}",
     ),
     Rule(
         "tp",
-        lambda l, f: f.model.num_attention_heads % l.tp == 0,
-        lambda l, f: f"must divide num_attention_heads = {f.model.num_attention_heads}",
-        lambda l, f: _divisors(f.model.num_attention_heads),
+        lambda x, f: f.model.num_attention_heads % x.tp == 0,
+        lambda x, f: f"must divide num_attention_heads = {f.model.num_attention_heads}",
+        lambda x, f: _divisors(f.model.num_attention_heads),
     ),
     Rule(
         "tp",
-        lambda l, f: (f.model.num_key_value_heads % l.tp == 0) | (l.tp % f.model.num_key_value_heads == 0),
-        lambda l, f: f"must divide num_key_value_heads = {f.model.num_key_value_heads}, or be a multiple of it",
-        lambda l, f: _divisors(f.model.num_key_value_heads),
+        lambda x, f: (f.model.num_key_value_heads % x.tp == 0) | (x.tp % f.model.num_key_value_heads == 0),
+        lambda x, f: f"must divide num_key_value_heads = {f.model.num_key_value_heads}, or be a multiple of it",
+        lambda x, f: _divisors(f.model.num_key_value_heads),
     ),
     Rule(
         "tp",
-        lambda l, f: f.model.intermediate_size % l.tp == 0,
-        lambda l, f: f"must divide intermediate_size = {f.model.intermediate_size}",
-        lambda l, f: _divisors(f.model.intermediate_size),
+        lambda x, f: f.model.intermediate_size % x.tp == 0,
+        lambda x, f: f"must divide intermediate_size = {f.model.intermediate_size}",
+        lambda x, f: _divisors(f.model.intermediate_size),
     ),
     Rule(
         "pp",
         # Two more slices than layers are possible: one with the embedding alone, one with the head alone (Llama 3 405B).
-        lambda l, f: np.asarray(_slices(l) <= f.model.num_layers + 2 * (_slices(l) > 2)),
-        lambda l, f: f"pp * num_virtual_stages = {_slices(l)} must not exceed num_layers + 2 = {f.model.num_layers + 2}",
-        lambda l, f: f"use pp * num_virtual_stages of at most {f.model.num_layers}",
+        lambda x, f: np.asarray(_slices(x) <= f.model.num_layers + 2 * (_slices(x) > 2)),
+        lambda x, f: f"pp * num_virtual_stages = {_slices(x)} must not exceed num_layers + 2 = {f.model.num_layers + 2}",
+        lambda x, f: f"use pp * num_virtual_stages of at most {f.model.num_layers}",
     ),
     Rule(
         "cp",
-        lambda l, f: (l.cp == 1) | (f.seq_len % (2 * l.cp) == 0),
-        lambda l, f: f"2 * cp must divide seq_len = {f.seq_len}: each rank holds two slices, so that causal work is even",
-        lambda l, f: _divisors(f.seq_len // 2) if f.seq_len % 2 == 0 else "use cp: 1, or an even seq_len",
+        lambda x, f: (x.cp == 1) | (f.seq_len % (2 * x.cp) == 0),
+        lambda x, f: f"2 * cp must divide seq_len = {f.seq_len}: each rank holds two slices, so that causal work is even",
+        lambda x, f: _divisors(f.seq_len // 2) if f.seq_len % 2 == 0 else "use cp: 1, or an even seq_len",
     ),
     Rule(
         "sequence_parallel",
-        lambda l, f: np.logical_not(l.sequence_parallel) | (f.seq_len % (l.cp * l.tp) == 0),
-        lambda l, f: f"cp * tp = {l.cp * l.tp} must divide seq_len = {f.seq_len}",
-        lambda l, f: "set sequence_parallel: false, or change seq_len",
+        lambda x, f: np.logical_not(x.sequence_parallel) | (f.seq_len % (x.cp * x.tp) == 0),
+        lambda x, f: f"cp * tp = {x.cp * x.tp} must divide seq_len = {f.seq_len}",
+        lambda x, f: "set sequence_parallel: false, or change seq_len",
     ),
     Rule(
         "sequence_parallel",
-        lambda l, f: np.logical_not(l.sequence_parallel) | (l.tp > 1),
-        lambda l, f: "splits the sequence over the tp ranks, and tp = 1",
-        lambda l, f: "set sequence_parallel: false, or tp: 2",
+        lambda x, f: np.logical_not(x.sequence_parallel) | (x.tp > 1),
+        lambda x, f: "splits the sequence over the tp ranks, and tp = 1",
+        lambda x, f: "set sequence_parallel: false, or tp: 2",
     ),
     Rule(
         "zero_stage",
-        lambda l, f: (np.asarray(l.zero_stage) > 0) | (l.dp_shard == 1),
-        lambda l, f: f"stage 0 shards nothing, but dp_shard = {l.dp_shard}",
-        lambda l, f: f"use zero_stage: 1, 2 or 3; or dp_replicate: {l.dp} with dp_shard: 1",
+        lambda x, f: (np.asarray(x.zero_stage) > 0) | (x.dp_shard == 1),
+        lambda x, f: f"stage 0 shards nothing, but dp_shard = {x.dp_shard}",
+        lambda x, f: f"use zero_stage: 1, 2 or 3; or dp_replicate: {x.dp} with dp_shard: 1",
     ),
     Rule(
         "micro_batch_size",
-        lambda l, f: f.global_batch_size % _per_round(l) == 0,
-        lambda l, f: f"global_batch_size = {f.global_batch_size} must be a multiple of dp * micro_batch_size = {l.dp} * {l.micro_batch_size} = {_per_round(l)}",
+        lambda x, f: f.global_batch_size % _per_round(x) == 0,
+        lambda x, f: (
+            f"global_batch_size = {f.global_batch_size} must be a multiple of dp * micro_batch_size = {x.dp} * {x.micro_batch_size} = {_per_round(x)}"
+        ),
         _batch_fix,
     ),
     Rule(
         "ep",
-        lambda l, f: np.asarray(_experts(f) % l.ep == 0),
-        lambda l, f: f"must divide num_experts = {_experts(f)}" if f.model.moe else f"must be 1: {f.model.name} has no experts",
-        lambda l, f: _divisors(_experts(f)),
+        lambda x, f: np.asarray(_experts(f) % x.ep == 0),
+        lambda x, f: f"must divide num_experts = {_experts(f)}" if f.model.moe else f"must be 1: {f.model.name} has no experts",
+        lambda x, f: _divisors(_experts(f)),
     ),
     Rule(
         "ep",
-        lambda l, f: _stage_world(l) % l.ep == 0,
-        lambda l, f: f"must divide dp * cp * tp = {_stage_world(l)}, the devices of one pipeline stage",
-        lambda l, f: _divisors(_stage_world(l)),
+        lambda x, f: _stage_world(x) % x.ep == 0,
+        lambda x, f: f"must divide dp * cp * tp = {_stage_world(x)}, the devices of one pipeline stage",
+        lambda x, f: _divisors(_stage_world(x)),
     ),
     Rule(
         "ep",
-        lambda l, f: (l.ep == 1) | (l.tp == 1) | np.asarray(l.sequence_parallel, bool),
-        lambda l, f: "with tp > 1 each tp rank must route tokens of its own",
-        lambda l, f: "set sequence_parallel: true",
+        lambda x, f: (x.ep == 1) | (x.tp == 1) | np.asarray(x.sequence_parallel, bool),
+        lambda x, f: "with tp > 1 each tp rank must route tokens of its own",
+        lambda x, f: "set sequence_parallel: true",
     ),
     Rule(
         "tp",
-        lambda l, f: (np.asarray(l.ep) > 1) | ((f.model.moe.intermediate_size if f.model.moe else 0) % l.tp == 0),
-        lambda l, f: f"must divide the experts' intermediate_size = {f.model.moe.intermediate_size if f.model.moe else 0} when ep = 1",
-        lambda l, f: "use a smaller tp, or ep > 1",
+        lambda x, f: (np.asarray(x.ep) > 1) | ((f.model.moe.intermediate_size if f.model.moe else 0) % x.tp == 0),
+        lambda x, f: f"must divide the experts' intermediate_size = {f.model.moe.intermediate_size if f.model.moe else 0} when ep = 1",
+        lambda x, f: "use a smaller tp, or ep > 1",
     ),
 )
 
@@ -171,7 +180,12 @@ def check_layout(layout: Layout, facts: Facts) -> None:
     """
     broken = [rule for rule in RULES if not bool(np.all(rule.holds(layout, facts)))]
     if broken:
-        raise InputError(*(Problem(_path(rule.key), getattr(layout, rule.key, layout.num_devices), rule.text(layout, facts), rule.fix(layout, facts)) for rule in broken))
+        raise InputError(
+            *(
+                Problem(_path(rule.key), getattr(layout, rule.key, layout.num_devices), rule.text(layout, facts), rule.fix(layout, facts))
+                for rule in broken
+            )
+        )
 
 
 def _path(key: str) -> str:

@@ -18,7 +18,19 @@ __all__ = ["complete_layout", "layout_space"]
 LONG_SEQ_LEN = 16384
 """Context parallelism is tried from here on."""
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-COLUMNS = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "num_virtual_stages", "schedule", "ep", "zero_stage", "sequence_parallel", "micro_batch_size")
+COLUMNS = (
+    "dp_replicate",
+    "dp_shard",
+    "tp",
+    "cp",
+    "pp",
+    "num_virtual_stages",
+    "schedule",
+    "ep",
+    "zero_stage",
+    "sequence_parallel",
+    "micro_batch_size",
+)
 
 
 def _divisors(number: int) -> list[int]:
@@ -66,13 +78,22 @@ def layout_space(job: Job, given: PartialLayout) -> LayoutTable:
         replicas = pick("dp_replicate", sorted({1, max(dp * tp * cp // job.cluster.scale_up.domain_size, 1)}))
         parallel = [tp > 1] if given.sequence_parallel is None else [given.sequence_parallel]
         for replicate, (schedule, v), ep, zero, sp, micro in product(
-            replicas, _schedules(given, pp, model.num_layers), pick("ep", experts), zero_stages, parallel, pick("micro_batch_size", list(MICRO_BATCH_SIZES))
+            replicas,
+            _schedules(given, pp, model.num_layers),
+            pick("ep", experts),
+            zero_stages,
+            parallel,
+            pick("micro_batch_size", list(MICRO_BATCH_SIZES)),
         ):
             shard = given.dp_shard or (1 if zero == 0 else max(dp // replicate, 1))
             if given.dp_replicate is None and zero == 0:
                 replicate = dp // shard
             rows.append((replicate, shard, tp, cp, pp, v, schedule, ep, zero, sp, micro))
-    columns = {name: np.array(column) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)} if rows else {name: np.array([], int) for name in COLUMNS}
+    columns = (
+        {name: np.array(column) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)}
+        if rows
+        else {name: np.array([], int) for name in COLUMNS}
+    )
     return _only_legal(job, LayoutTable(columns))
 
 
@@ -100,7 +121,11 @@ def complete_layout(job: Job, given: PartialLayout) -> tuple[Layout, list[str]]:
         raise _no_layout(job, given)
     prices = price_layouts(job, table)
     best = int(np.argmin(np.where(prices.fits, prices.step_s, np.inf))) if prices.fits.any() else int(np.argmin(prices.peak_bytes))
-    found = f"layout: the fastest of {len(table):,} legal ones that fits" if prices.fits.any() else f"layout: none of {len(table):,} legal ones fits; this one needs least memory"
+    found = (
+        f"layout: the fastest of {len(table):,} legal ones that fits"
+        if prices.fits.any()
+        else f"layout: none of {len(table):,} legal ones fits; this one needs least memory"
+    )
     return table.row(best), [found]
 
 
@@ -114,4 +139,9 @@ def _no_layout(job: Job, given: PartialLayout) -> InputError:
     except InputError as error:
         return error
     shown = {name: value for name, value in given.model_dump().items() if value is not None}
-    return InputError.single("layout", shown, f"no layout of {world} devices and global_batch_size {job.global_batch_size} keeps these keys", "leave more keys open, or change num_devices or global_batch_size")
+    return InputError.single(
+        "layout",
+        shown,
+        f"no layout of {world} devices and global_batch_size {job.global_batch_size} keeps these keys",
+        "leave more keys open, or change num_devices or global_batch_size",
+    )

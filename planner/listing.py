@@ -79,7 +79,12 @@ def entry(kind: str, name: str, extra: Path | None = None) -> dict[str, Any]:
         model = load_model(name)
         counts = count_params(model)
         shape = model.model_dump(exclude_none=True)
-        return {**shape, "params": {k: int(v) for k, v in counts.items()}, "params_text": format_count(counts["total"]), "preset": preset_record(name)}
+        return {
+            **shape,
+            "params": {k: int(v) for k, v in counts.items()},
+            "params_text": format_count(counts["total"]),
+            "preset": preset_record(name),
+        }
     if kind == "stacks":
         return load_stack(name).model_dump()
     catalog = load_catalog(extra)

@@ -196,7 +196,10 @@ def _temporaries(graph: StepGraph) -> Array:
             held = cost.workspace_bytes
             if cost.gemm is not None and cost.op.name != "head":
                 m, n, k = cost.gemm
-                held = held + m * getattr(cost.op, "num_experts", 1) / (graph.shard.ep if cost.op.is_expert else 1) * (n + k) * graph.numerics.compute_bytes
+                held = (
+                    held
+                    + m * getattr(cost.op, "num_experts", 1) / (graph.shard.ep if cost.op.is_expert else 1) * (n + k) * graph.numerics.compute_bytes
+                )
             worst = np.maximum(worst, held)
         return worst
 

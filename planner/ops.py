@@ -145,11 +145,20 @@ class Op(Protocol):
     """One op of a layer. `kind` picks its efficiency curve; `is_expert` its data-parallel group."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Unique within its block."""
+        ...
+
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """matmul, grouped_matmul, attention, memory or collective."""
+        ...
+
     @property
-    def is_expert(self) -> bool: ...
+    def is_expert(self) -> bool:
+        """Whether its parameters belong to routed experts."""
+        ...
+
     def cost(self, shard: Shard, numerics: Numerics) -> OpCost:
         """Cost on one device for one microbatch."""
         ...
@@ -245,7 +254,7 @@ class GroupedLinear:
     def cost(self, shard: Shard, numerics: Numerics) -> OpCost:
         """See `Op.cost`."""
         t = shard.expert_tp
-        tokens = np.where(np.asarray(shard.ep) > 1, shard.local_tokens, shard.tokens)
+        tokens: Array = np.where(np.asarray(shard.ep) > 1, shard.local_tokens, shard.tokens)
         rows = tokens * self.num_experts_per_token * numerics.expert_imbalance
         even_rows = tokens * self.num_experts_per_token
         num_local = self.num_experts / shard.ep
@@ -375,7 +384,8 @@ class Elementwise:
     def cost(self, shard: Shard, numerics: Numerics) -> OpCost:
         """See `Op.cost`."""
         if self.is_expert:
-            tokens = np.where(np.asarray(shard.ep) > 1, shard.local_tokens, shard.tokens) * numerics.expert_imbalance
+            routed: Array = np.where(np.asarray(shard.ep) > 1, shard.local_tokens, shard.tokens)
+            tokens = routed * numerics.expert_imbalance
             rows = tokens * self.tokens_scale / (shard.expert_tp if self.region == "tp" else 1)
         else:
             rows = shard.region_tokens(self.region) * self.tokens_scale / shard.region_split(self.region)
@@ -443,7 +453,9 @@ class Attention:
         scores = 2.0 * all_pairs * self.head_dim
         is_flash = numerics.attention_kernel == "flash"
         done = self.pairs_fraction(s) if is_flash else 1.0
-        q, k, v, out = (shard.tokens * w for w in (heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.v_head_dim, heads * self.v_head_dim))
+        q, k, v, out = (
+            shard.tokens * w for w in (heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.v_head_dim, heads * self.v_head_dim)
+        )
         saved: dict[Producer, Array] = {"matmul": (q + k + v) * b} if self.saves_qkv else {}
         saved["attention"] = out * b
         if is_flash:
@@ -536,9 +548,11 @@ class Collective:
         b = numerics.compute_bytes
         if self.pattern == "exchange":
             moved = np.where(np.asarray(shard.ep) > 1, shard.local_tokens * self.copies_per_token * self.width * b * numerics.expert_imbalance, 0.0)
-            return OpCost(self, transfers=(Transfer("all_to_all", "ep", "forward", moved), Transfer("all_to_all", "ep", "backward", moved)), num_kernels=0)
+            return OpCost(
+                self, transfers=(Transfer("all_to_all", "ep", "forward", moved), Transfer("all_to_all", "ep", "backward", moved)), num_kernels=0
+            )
         full = shard.tokens * self.width * b * (np.asarray(shard.tp) > 1)
-        split = full * np.asarray(shard.sequence_parallel)
+        split: Array = full * np.asarray(shard.sequence_parallel)
         whole = full - split
         again = 0.0 if numerics.saves_gathered_input else split
         if self.pattern == "enter":

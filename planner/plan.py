@@ -1,7 +1,7 @@
 """Request and Plan: what a user asks for, and the answer. Both are YAML; a plan is a request made complete.
 
-    schema_version, model, workload, cluster, stack, layout        the request
-    prediction, provenance                                         what the planner adds, ignored when read again
+schema_version, model, workload, cluster, stack, layout        the request
+prediction, provenance                                         what the planner adds, ignored when read again
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def build_request(values: Any, where: str = "") -> Request:
         raise InputError.single("plan", values, "must be a mapping with the keys model, workload, cluster, layout", "see docs/quickstart.md", where)
     version = values.get("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION or isinstance(version, bool):
-        raise InputError.single("schema_version", version, f"this planner reads schema_version {SCHEMA_VERSION}", f"write schema_version: {SCHEMA_VERSION}", where)
+        raise InputError.single(
+            "schema_version", version, f"this planner reads schema_version {SCHEMA_VERSION}", f"write schema_version: {SCHEMA_VERSION}", where
+        )
     return build(Request, values, "", where)
 
 

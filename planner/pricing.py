@@ -46,14 +46,15 @@ class LayoutTable:
         found = []
         for value in np.unique(key):
             rows = np.flatnonzero(key == value)
-            structure = {name: self.columns[name][rows[0]].item() for name in ("pp", "num_virtual_stages", "schedule")}
-            found.append((rows, LayoutArrays(**{name: self.columns[name][rows] for name in names}, **structure)))
+            first = self.row(rows[0])
+            degrees: dict[str, Any] = {name: self.columns[name][rows] for name in names}
+            found.append((rows, LayoutArrays(**degrees, pp=first.pp, num_virtual_stages=first.num_virtual_stages, schedule=first.schedule)))
         return found
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Per layout: seconds per step, peak bytes per device, whether it fits. [n]"""
+    """Per layout: seconds per step, peak bytes per device, whether it fits; [n] each."""
 
     step_s: np.ndarray
     peak_bytes: np.ndarray
@@ -64,7 +65,9 @@ def price_layouts(job: Job, table: LayoutTable) -> Prices:
     """Step time and memory of every row of `table`, which must be legal."""
     step_s, peak_bytes = np.empty(len(table)), np.empty(len(table))
     for rows, layouts in table.groups():
-        graph = build_step_graph(job.model, job.workload, layouts, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size)
+        graph = build_step_graph(
+            job.model, job.workload, layouts, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
+        )
         peak_bytes[rows] = estimate_memory(graph, job.stack, job.cluster).peak_bytes
         step_s[rows] = estimate_time(graph, job.cluster, job.efficiency).step_s
     return Prices(step_s, peak_bytes, peak_bytes <= job.cluster.accelerator.memory_bytes)

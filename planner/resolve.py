@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from planner.architectures import load_model
 from planner.efficiency import Efficiency, StackSpec, load_stack
-from planner.errors import InputError
+from planner.errors import InputError, Problem
 from planner.graph import count_params, make_numerics
 from planner.hardware import Cluster, load_catalog
 from planner.layout_rules import Facts
@@ -65,8 +66,8 @@ def resolve(request: Request) -> Job:
     Raises:
         InputError: unknown names, a precision the accelerator lacks, sequences longer than the model allows; all at once.
     """
-    problems = []
-    parts: dict[str, object] = {}
+    problems: list[Problem] = []
+    parts: dict[str, Any] = {}
     for name, look_up in (
         ("model", lambda: load_model(request.model)),
         ("cluster", lambda: load_catalog(Path(request.catalog) if request.catalog else None).resolve(request.cluster)),
@@ -77,14 +78,14 @@ def resolve(request: Request) -> Job:
             problems.extend(error.problems)
     stack_name = request.stack
     if stack_name is None and "cluster" in parts:
-        stack_name = DEFAULT_STACKS[parts["cluster"].accelerator.kind]  # type: ignore[attr-defined]
+        stack_name = DEFAULT_STACKS[parts["cluster"].accelerator.kind]
     try:
         parts["stack"] = load_stack(stack_name or "megatron-core")
     except InputError as error:
         problems.extend(error.problems)
     if problems:
         raise InputError(*problems)
-    return _fill(request, parts["model"], parts["cluster"], parts["stack"])  # type: ignore[arg-type]
+    return _fill(request, parts["model"], parts["cluster"], parts["stack"])
 
 
 def _fill(request: Request, model: ModelSpec, cluster: Cluster, stack: StackSpec) -> Job:
@@ -98,7 +99,9 @@ def _fill(request: Request, model: ModelSpec, cluster: Cluster, stack: StackSpec
         assumptions.append(f"seq_len {seq_len}: none was given (the model's limit, at most {DEFAULT_SEQ_LEN})")
     elif seq_len > model.max_position_embeddings and model.position == "learned":
         limit = model.max_position_embeddings
-        raise InputError.single("workload.seq_len", seq_len, f"must not exceed the {limit} learned positions of {model.name}", f"use seq_len {limit} or less")
+        raise InputError.single(
+            "workload.seq_len", seq_len, f"must not exceed the {limit} learned positions of {model.name}", f"use seq_len {limit} or less"
+        )
     elif seq_len > model.max_position_embeddings:
         assumptions.append(f"seq_len {seq_len} exceeds the {model.max_position_embeddings} positions that {model.name} was made for")
     tokens, batch = _tokens(workload, model, assumptions), _batch(workload, request, seq_len, assumptions)
@@ -124,10 +127,8 @@ def _tokens(workload: Workload, model: ModelSpec, assumptions: list[str]) -> flo
 def _batch(workload: Workload, request: Request, seq_len: int, assumptions: list[str]) -> int:
     if workload.global_batch_size is not None:
         return workload.global_batch_size
-    if workload.job == "pretrain":
-        batch = max(2 ** round(math.log2(DEFAULT_BATCH_TOKENS / seq_len)), 1)
-    else:
-        batch = DEFAULT_FINETUNE_BATCH
+    usual = int(max(2 ** round(math.log2(DEFAULT_BATCH_TOKENS / seq_len)), 1))
+    batch = usual if workload.job == "pretrain" else DEFAULT_FINETUNE_BATCH
     layout = request.layout
     per_round = (layout.dp_replicate or 1) * (layout.dp_shard or 1) * (layout.micro_batch_size or 1)
     batch = -(-batch // per_round) * per_round

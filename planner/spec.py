@@ -91,13 +91,25 @@ def _problem(kind: type[BaseModel], error: Any, key: str, where: str) -> Problem
     if error["type"] == "extra_forbidden":
         name = str(error["loc"][-1])
         close = nearest(name, _known_keys(kind))
-        return Problem(path, value, f"is not a key of {key or kind.__name__}", f"did you mean {', '.join(close)}?" if close else f"known keys: {_some_keys(kind)}", where)
+        return Problem(
+            path,
+            value,
+            f"is not a key of {key or kind.__name__}",
+            f"did you mean {', '.join(close)}?" if close else f"known keys: {_some_keys(kind)}",
+            where,
+        )
     if error["type"] == "missing":
         return Problem(path, None, "is required", f"add the key {error['loc'][-1]!r}", where)
     if error["type"] == "literal_error":
         known = [k.strip("'") for k in str(context["expected"]).replace(" or ", ", ").split(", ")]
         close = nearest(value, known)
-        return Problem(path, value, f"must be one of {', '.join(known)}", f"did you mean {', '.join(close)}?" if close else f"use one of {', '.join(known)}", where)
+        return Problem(
+            path,
+            value,
+            f"must be one of {', '.join(known)}",
+            f"did you mean {', '.join(close)}?" if close else f"use one of {', '.join(known)}",
+            where,
+        )
     message = str(error["msg"]).removeprefix("Value error, ")
     rule, _, fix = message.partition("; ")
     return Problem(path, value, rule[:1].lower() + rule[1:], fix or "give a value that satisfies the rule", where)

@@ -102,10 +102,14 @@ class _PartTimes:
 
 
 def _transfer_s(transfers: tuple[Transfer, ...], axis: str, phase: str, groups: AxisGroups, cluster: Cluster) -> Array:
-    return sum((collective_s(t.collective, t.num_bytes, getattr(groups, axis), cluster) for t in transfers if t.axis == axis and t.phase == phase), 0.0)
+    return sum(
+        (collective_s(t.collective, t.num_bytes, getattr(groups, axis), cluster) for t in transfers if t.axis == axis and t.phase == phase), 0.0
+    )
 
 
-def _exposed(graph: StepGraph, cost: OpCost, phase: str, kernel_s: Array, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency) -> dict[str, Array]:
+def _exposed(
+    graph: StepGraph, cost: OpCost, phase: str, kernel_s: Array, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency
+) -> dict[str, Array]:
     """Communication of one op that nothing hides; ring attention hides behind its own kernel."""
     overlap = efficiency.stack.overlap
     ring = _transfer_s(cost.transfers, "cp", phase, groups, cluster)
@@ -218,7 +222,9 @@ def estimate_time(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) ->
     )
 
 
-def _exposed_fsdp(graph: StepGraph, part: Part, times: _PartTimes, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency) -> tuple[Array, Array]:
+def _exposed_fsdp(
+    graph: StepGraph, part: Part, times: _PartTimes, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency
+) -> tuple[Array, Array]:
     """FSDP's communication per run of a part that its compute does not hide: (forward, backward).
 
     ZeRO-3 gathers in both directions and scatters gradients per microbatch; ZeRO-2 only scatters.
@@ -242,7 +248,9 @@ def _pipeline_transfer_s(graph: StepGraph, groups: AxisGroups, cluster: Cluster)
     return collective_s("p2p", message, groups.pp, cluster)
 
 
-def _exposed_data_parallel(graph: StepGraph, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency, backward_s: Array, forward_s: Array) -> Array:
+def _exposed_data_parallel(
+    graph: StepGraph, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency, backward_s: Array, forward_s: Array
+) -> Array:
     """Once per step: gradients of what was not scattered already, replicas' sums, and ZeRO-1/2's gather of new weights.
 
     Gradients hide behind the backward pass of the last microbatch, gathers behind the forward pass of the first.
@@ -264,7 +272,9 @@ def _exposed_data_parallel(graph: StepGraph, groups: AxisGroups, cluster: Cluste
         gathers.append(gather_s)
     reduce_s, gather_s = (over_stages(parts, part_runs(graph)) for parts in (reduces, gathers))
     overlap = efficiency.stack.overlap.data_parallel.value
-    exposed = np.maximum(reduce_s - overlap * backward_s, reduce_s * (1 - overlap)) + np.maximum(gather_s - overlap * forward_s, gather_s * (1 - overlap))
+    exposed = np.maximum(reduce_s - overlap * backward_s, reduce_s * (1 - overlap)) + np.maximum(
+        gather_s - overlap * forward_s, gather_s * (1 - overlap)
+    )
     return np.max(exposed, axis=-1)
 
 

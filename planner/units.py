@@ -110,7 +110,7 @@ def format_si(value: float, unit: str = "", digits: int = 3) -> str:
     if round(abs(value) / 1000.0**power, digits - 1 - int(math.log10(max(abs(value) / 1000.0**power, 1)))) >= 1000 and power < len(prefixes) - 1:
         power += 1
     scaled = value / 1000.0**power
-    decimals = max(digits - 1 - int(math.floor(math.log10(max(abs(scaled), 1)))), 0)
+    decimals = max(digits - 1 - math.floor(math.log10(max(abs(scaled), 1))), 0)
     return f"{scaled:.{decimals}f} {prefixes[power]}{unit}".rstrip()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.architectures import ModelOps
-from planner.model_spec import Mla, Moe, ModelSpec
+from planner.model_spec import Mla, ModelSpec, Moe
 from planner.ops import Attention, Collective, Elementwise, Embedding, GroupedLinear, Linear, Loss, Norm, Op, Producer
 
 __all__ = [
@@ -17,11 +17,22 @@ Ops = tuple[Op, ...]
 def embedding(spec: ModelSpec) -> Ops:
     """Token embedding split over the vocabulary, learned positions, token types, norm and dropout."""
     h = spec.hidden_size
-    ops: Ops = (Embedding(name="embedding", num_embeddings=spec.vocab_size, embedding_dim=h), Collective(name="embedding_reduce", pattern="leave", width=h))
+    ops: Ops = (
+        Embedding(name="embedding", num_embeddings=spec.vocab_size, embedding_dim=h),
+        Collective(name="embedding_reduce", pattern="leave", width=h),
+    )
     if spec.position == "learned":
-        ops += (Embedding(name="position_embedding", num_embeddings=spec.max_position_embeddings, embedding_dim=h, is_split=False, is_looked_up_per_token=False),)
+        ops += (
+            Embedding(
+                name="position_embedding", num_embeddings=spec.max_position_embeddings, embedding_dim=h, is_split=False, is_looked_up_per_token=False
+            ),
+        )
     if spec.num_token_types:
-        ops += (Embedding(name="token_type_embedding", num_embeddings=spec.num_token_types, embedding_dim=h, is_split=False, is_looked_up_per_token=False),)
+        ops += (
+            Embedding(
+                name="token_type_embedding", num_embeddings=spec.num_token_types, embedding_dim=h, is_split=False, is_looked_up_per_token=False
+            ),
+        )
     if spec.has_embedding_norm:
         ops += (block_norm(spec, "embedding_norm"),)
     return ops + dropout(spec, "embedding_dropout")
@@ -44,7 +55,9 @@ def residual(spec: ModelSpec, name: str) -> Ops:
     return (Elementwise(name=name, reads=2 * h, writes=h),)
 
 
-def attention(spec: ModelSpec, window: int = 0, *, prefix: str = "attention", is_causal: bool | None = None, input_kept: bool = True, num_bias_params: int = 0) -> Ops:
+def attention(
+    spec: ModelSpec, window: int = 0, *, prefix: str = "attention", is_causal: bool | None = None, input_kept: bool = True, num_bias_params: int = 0
+) -> Ops:
     """Q, K, V projections, QK-norm, rotary embedding, the kernel and the output projection.
 
     Args:
@@ -78,7 +91,11 @@ def attention(spec: ModelSpec, window: int = 0, *, prefix: str = "attention", is
         is_causal=spec.is_causal if is_causal is None else is_causal, window=window, has_dropout=spec.attention_dropout > 0,
         num_sinks=heads if spec.has_attention_sinks else 0, num_bias_params=num_bias_params,
     )  # fmt: skip
-    return (*ops, core, Linear(name=f"{prefix}.out", in_features=heads * d, out_features=h, bias=spec.attention_out_bias, split="row", saves_input=None))
+    return (
+        *ops,
+        core,
+        Linear(name=f"{prefix}.out", in_features=heads * d, out_features=h, bias=spec.attention_out_bias, split="row", saves_input=None),
+    )
 
 
 def mla_attention(spec: ModelSpec, mla: Mla) -> Ops:
@@ -97,7 +114,9 @@ def mla_attention(spec: ModelSpec, mla: Mla) -> Ops:
         *queries,
         Linear(name="attention.kv_down", in_features=h, out_features=mla.kv_lora_rank + mla.qk_rope_head_dim, split="none", saves_input=None),
         Norm(name="attention.kv_norm", width=mla.kv_lora_rank, saves_input="matmul"),
-        Linear(name="attention.kv_up", in_features=mla.kv_lora_rank, out_features=heads * (mla.qk_nope_head_dim + mla.v_head_dim), saves_input="norm"),
+        Linear(
+            name="attention.kv_up", in_features=mla.kv_lora_rank, out_features=heads * (mla.qk_nope_head_dim + mla.v_head_dim), saves_input="norm"
+        ),
         Elementwise(name="attention.rope", reads=2 * heads * mla.qk_rope_head_dim, writes=2 * heads * qk, region="tp"),
         Attention(name="attention.core", num_heads=heads, num_kv_heads=heads, head_dim=qk, v_head_dim=mla.v_head_dim, is_causal=True),
         Linear(name="attention.out", in_features=heads * mla.v_head_dim, out_features=h, split="row", saves_input=None),
@@ -129,7 +148,9 @@ def mixture(spec: ModelSpec, moe: Moe) -> Ops:
         Elementwise(name="experts.permute", reads=h, writes=k * h, is_expert=True),
         Collective(name="experts.dispatch", pattern="exchange", width=h, copies_per_token=k),
         *up,
-        Elementwise(name="experts.activation", reads=branches * f, writes=f, region="tp", saves=(("matmul", branches * f),), tokens_scale=k, is_expert=True),
+        Elementwise(
+            name="experts.activation", reads=branches * f, writes=f, region="tp", saves=(("matmul", branches * f),), tokens_scale=k, is_expert=True
+        ),
         GroupedLinear(name="experts.down", in_features=f, out_features=h, split="row", saves_input="activation", **sizes),  # type: ignore[arg-type]
         Collective(name="experts.combine", pattern="exchange", width=h, copies_per_token=k),
         Elementwise(name="experts.unpermute", reads=k * h, writes=h, saves=(("dispatch", k * h),), is_expert=True),

@@ -77,7 +77,12 @@ class Config:
 
     def heads(self, hidden_key: str, heads_key: str, hidden: int, heads: int) -> int:
         """hidden // heads, which must be exact."""
-        self.rule(hidden % heads == 0, heads_key, f"must divide {hidden_key} = {hidden} when head_dim is not given", "correct one of the two, or add head_dim")
+        self.rule(
+            hidden % heads == 0,
+            heads_key,
+            f"must divide {hidden_key} = {hidden} when head_dim is not given",
+            "correct one of the two, or add head_dim",
+        )
         return max(hidden // heads, 1)
 
     def spec(self, **fields: Any) -> ModelSpec:

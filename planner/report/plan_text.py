@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from planner.plan import Plan
-from planner.units import DAY_S, format_bytes, format_count, format_duration, format_gib, format_si, format_usd
+from planner.plan import Interval, Plan
+from planner.units import DAY_S, format_count, format_duration, format_gib, format_si, format_usd
 
 __all__ = ["render_plan"]
 
@@ -68,40 +68,48 @@ def _wrapped(text: str, width: int, indent: str = "") -> str:
 
 
 def _verdict(plan: Plan, width: int) -> str:
-    memory, time, cost = plan.memory, plan.time, plan.cost
-    peak, usable = memory.peak_bytes, memory.usable_bytes
-    if plan.fits:
-        free = f"{format_gib(usable - peak.value)} GiB free"
-        head = f"FITS   {format_gib(peak.value)} of {format_gib(usable)} GiB ({peak.value / usable:.0%}), {free}"
-        if peak.high > usable:
-            head += ", tight: the upper bound does not fit"
-    else:
-        head = f"DOES NOT FIT   needs {format_gib(peak.value)} GiB, {format_gib(usable)} usable: {format_gib(peak.value - usable)} GiB too much"
-    if len(memory.stages) > 1:
-        head += f" (stage {memory.peak_stage} of {len(memory.stages)})"
-    days = time.train_s
+    """One line per question, and a second one with what it is made of."""
+    time, cost = plan.time, plan.cost
+    rate = format_si(time.tokens_per_s_per_device)
     lines = [
-        head,
-        f"TIME   {format_duration(days.value)}  [{format_duration(days.low)} to {format_duration(days.high)}]   "
-        f"{format_duration(time.step_s.value)} per step, {time.num_steps:,} steps, {format_si(time.tokens_per_s_per_device)} tokens/s/device",
-        _money(plan),
-        f"MFU    {time.mfu:.1%} of {format_si(time.peak_flops_per_s, 'FLOP/s')} {time.peak_name}  (causal {time.mfu_causal:.1%}, HFU {time.hfu:.1%})",
+        _fit(plan),
+        f"TIME   {_range(plan.time.train_s, format_duration)}",
+        f"       {format_duration(time.step_s.value)} per step, {time.num_steps:,} steps, {rate} tokens/s per device",
+        *_money(plan),
+        f"MFU    {time.mfu:.1%} of {format_si(time.peak_flops_per_s, 'FLOP/s')} {time.peak_name}",
+        f"       {time.mfu_causal:.1%} with causal attention FLOPs, HFU {time.hfu:.1%}",
     ]
     if plan.loss is not None:
-        loss, ppl = plan.loss.nats_per_token, plan.loss.perplexity
-        lines.append(f"LOSS   {loss.value:.2f} nats/token [{loss.low:.2f} to {loss.high:.2f}], perplexity {ppl.value:.1f} [{ppl.low:.1f} to {ppl.high:.1f}]")
-    lines.append(f"ENERGY {format_si(cost.energy_kwh * 1000, 'Wh')}, {format_si(cost.co2e_kg * 1000, 'g')} CO2e")
+        loss, perplexity = plan.loss.nats_per_token, plan.loss.perplexity
+        lines.append(f"LOSS   {_range(loss, lambda x: f'{x:.2f}')} nats per token, perplexity {_range(perplexity, lambda x: f'{x:.1f}')}")
+    lines.append(f"ENERGY {format_si(cost.energy_kwh * 1000, 'Wh')}, {format_si(cost.co2e_kg / 1000, 't')} CO2e")
     return "\n".join(_wrapped(line, width, " " * 7) for line in lines)
 
 
-def _money(plan: Plan) -> str:
+def _range(interval: Interval, show: Callable[[float], str]) -> str:
+    return f"{show(interval.value)}  [{show(interval.low)} to {show(interval.high)}]"
+
+
+def _fit(plan: Plan) -> str:
+    memory = plan.memory
+    peak, usable = memory.peak_bytes, memory.usable_bytes
+    stage = f" (stage {memory.peak_stage} of {len(memory.stages)})" if len(memory.stages) > 1 else ""
+    if not plan.fits:
+        return (
+            f"DOES NOT FIT   needs {format_gib(peak.value)} GiB, {format_gib(usable)} usable: {format_gib(peak.value - usable)} GiB too much{stage}"
+        )
+    tight = "; tight: the upper bound does not fit" if peak.high > usable else ""
+    return f"FITS   {format_gib(peak.value)} of {format_gib(usable)} GiB ({peak.value / usable:.0%}), {format_gib(usable - peak.value)} GiB free{stage}{tight}"
+
+
+def _money(plan: Plan) -> list[str]:
     cost = plan.cost
-    hours = f"{format_si(cost.device_hours)} device-hours"
+    hours = f"{format_si(cost.billed_device_hours)} device-hours"
     if cost.usd is None or cost.price is None:
-        return f"COST   unknown: no price given   {hours}"
+        return [f"COST   unknown: no price given; {hours}"]
     price = cost.price
     origin = f"{price['offer']} {price['region']}, {price['pricing']}, {price['date']}" if "offer" in price else "price given"
-    return f"COST   {format_usd(cost.usd.value)}  [{format_usd(cost.usd.low)} to {format_usd(cost.usd.high)}]   {hours} x {format_usd(price['usd_per_device_hour'])} ({origin})"
+    return [f"COST   {_range(cost.usd, format_usd)}", f"       {hours} x {format_usd(price['usd_per_device_hour'])}, {origin}"]
 
 
 def _table(title: str, unit: str, parts: Mapping[str, float], total: float, scale: float, width: int) -> list[str]:
@@ -144,8 +152,12 @@ def _trust(plan: Plan, width: int) -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     days = plan.cost.mean_time_between_failures_s / DAY_S
     often = f"{days:.1f} days" if days >= 1 else format_duration(plan.cost.mean_time_between_failures_s)
-    text = f"Trust    {len(plan.evidence)} coefficients: {kinds}; goodput {plan.cost.goodput_fraction:.1%}, one failure every {often}; ranges in brackets are meant to hold 8 times in 10"
-    return _wrapped(text, width, " " * 9)
+    parts = [
+        f"{len(plan.evidence)} coefficients: {kinds}",
+        f"goodput {plan.cost.goodput_fraction:.1%}, one failure every {often}",
+        "ranges in brackets are meant to hold 8 times in 10",
+    ]
+    return _wrapped("Trust  " + "; ".join(parts), width, " " * 7)
 
 
 def _assumptions(plan: Plan, width: int) -> str:
@@ -154,11 +166,4 @@ def _assumptions(plan: Plan, width: int) -> str:
 
 def _next(plan: Plan) -> str:
     key = "time" if plan.fits else "memory"
-    return f"Next     planner estimate ... --out plan.yaml     planner explain plan.yaml {key}"
-
-
-def stage_table(plan: Plan) -> str:
-    """Memory of every pipeline stage, one line each."""
-    lines = [f"{'stage':>5}  {'peak':>24}"]
-    lines += [f"{stage.stage:>5}  {format_bytes(stage.total_bytes):>24}" for stage in plan.memory.stages]
-    return "\n".join(lines)
+    return f"Next   planner estimate ... --out plan.yaml     planner explain plan.yaml {key}"
