@@ -178,8 +178,7 @@ def _standing_assumptions(job: Job, goodput: Goodput) -> list[str]:
     notes = [
         f"goodput {goodput.fraction:.3f}: 4 failures per 1000 node-days, 10 min to restart, 30 s stall per checkpoint",
         "energy: boards at 80% of rated power, 240 W per device for the host, PUE 1.15, 475 g CO2e/kWh (world average)",
-        f"intervals: step time +-{job.stack.time_interval_fraction:.0%}, memory +-{job.stack.memory_interval_fraction:.0%};"
-        " assumed until this stack is calibrated",
+        f"intervals: step time +-{job.stack.time_interval_fraction:.0%}, memory +-{job.stack.memory_interval_fraction:.0%}, assumed",
     ]
     if job.cluster.accelerator.power_watts is None:
         notes.append(f"energy counts the hosts only: the board power of {job.cluster.accelerator.id} is not published")

@@ -116,16 +116,20 @@ def parse_yaml(text: str, where: str = "") -> Any:
 def _refuse_aliases_and_depth(text: str) -> None:
     """Reads the event stream, which is flat, before anything is built from it."""
     depth = 0
-    event: Any
     for event in yaml.parse(text, Loader=_Base):
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=_mark(event))
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
-                raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=event.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=_mark(event))
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+
+
+def _mark(event: yaml.Event) -> Any:
+    """Where an event starts; PyYAML's stubs disagree about the C parser's marks."""
+    return event.start_mark
 
 
 def _line(text: str, mark: Any) -> str:

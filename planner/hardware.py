@@ -280,11 +280,11 @@ def _scale_out(spec: ClusterSpec, device: Accelerator, offer: Offer | None, node
     rate = per_node / node_size
     name = "as given" if spec.network_bytes_per_s else f"{offer.network_kind} of {offer.id}" if offer else ""
     latency = reference.latency_s if reference else 1e-5
-    return Link.model_construct(
-        name=name, kind="switch", bandwidth_bytes_per_s=rate, peer_bandwidth_bytes_per_s=rate, domain_size=1, torus_axes=0, torus_shape=(),
-        wraparound_min_axis=1, ring_efficiency_fraction=reference.ring_efficiency_fraction if reference else 0.8, allreduce_efficiency_fraction=None, allreduce_min_group=None,
-        latency_s=latency, evidence="assumed", source=offer.source if offer else "given by the user",
-    )  # fmt: skip
+    measured = reference.ring_efficiency_fraction if reference else 0.8
+    source = offer.source if offer else "given by the user"
+    fields = {"name": name, "kind": "switch", "bandwidth": f"{rate!r} B/s", "peer_bandwidth": f"{rate!r} B/s", "domain_size": 1}
+    evidence = {"ring_efficiency_fraction": measured, "latency": f"{latency!r} s", "evidence": "assumed", "source": source}
+    return build(Link, fields | evidence, "cluster.network")
 
 
 def _price(spec: ClusterSpec, offer: Offer | None, notes: list[str]) -> float | None:

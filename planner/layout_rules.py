@@ -83,9 +83,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "layout",
         lambda x, f: _world(x) == f.num_devices,
-        lambda x, f: (
-            f"dp_replicate*dp_shard*tp*cp*pp = {x.dp_replicate}*{x.dp_shard}*{x.tp}*{x.cp}*{x.pp} = {_world(x)} must equal cluster.num_devices = {f.num_devices}"
-        ),
+        lambda x, f: f"{_product(x)} must equal cluster.num_devices = {f.num_devices}",
         lambda x, f: f"set cluster.num_devices to {_world(x)}, or choose degrees whose product is {f.num_devices}",
     ),
     Rule(

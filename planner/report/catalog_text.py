@@ -11,7 +11,8 @@ __all__ = ["render_entry", "render_listing"]
 HEADS = {
     "memory_bytes": "GiB", "memory_bandwidth_bytes_per_s": "memory",
     "bf16_flops_per_s": "bf16 dense", "fp8_flops_per_s": "fp8 dense",
-    "scale_up_bytes_per_s": "link, one way", "domain_size": "domain", "on_demand_usd_per_device_hour": "$/device-h", "spot_usd_per_device_hour": "spot",
+    "scale_up_bytes_per_s": "link, one way", "domain_size": "domain",
+    "on_demand_usd_per_device_hour": "$/device-h", "spot_usd_per_device_hour": "spot",
     "price_date": "priced", "is_stale": "old?", "published_params": "published", "num_layers": "layers", "hidden_size": "hidden",
 }  # fmt: skip
 

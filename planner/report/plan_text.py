@@ -99,7 +99,8 @@ def _fit(plan: Plan) -> str:
             f"DOES NOT FIT   needs {format_gib(peak.value)} GiB, {format_gib(usable)} usable: {format_gib(peak.value - usable)} GiB too much{stage}"
         )
     tight = "; tight: the upper bound does not fit" if peak.high > usable else ""
-    return f"FITS   {format_gib(peak.value)} of {format_gib(usable)} GiB ({peak.value / usable:.0%}), {format_gib(usable - peak.value)} GiB free{stage}{tight}"
+    free = f"{format_gib(usable - peak.value)} GiB free{stage}{tight}"
+    return f"FITS   {format_gib(peak.value)} of {format_gib(usable)} GiB ({peak.value / usable:.0%}), {free}"
 
 
 def _money(plan: Plan) -> list[str]:
