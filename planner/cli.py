@@ -46,7 +46,7 @@ WORKLOAD_KEYS = (
     "loss_kernel",
     "lora_rank",
 )
-CLUSTER_KEYS = ("accelerator", "num_devices", "offer", "pricing", "price", "node_size", "domain_size")
+CLUSTER_KEYS = ("accelerator", "num_devices", "offer", "pricing", "price", "node_size", "network", "domain_size")
 LAYOUT_KEYS = (
     "dp_replicate",
     "dp_shard",
@@ -82,6 +82,7 @@ def estimate(
     pricing: Annotated[str | None, typer.Option(help="on_demand, spot, reserved_1y or reserved_3y.")] = None,
     price: Annotated[str | None, typer.Option(metavar="USD", help="Dollars per device-hour, instead of the catalog's.")] = None,
     node_size: Number = None,
+    network: Annotated[str | None, typer.Option(metavar="RATE", help="Between nodes, per node and direction, e.g. 400GB/s.")] = None,
     domain_size: Annotated[str | None, typer.Option(metavar="N", help="Devices per scale-up domain (NVLink domain, TPU slice).")] = None,
     stack: Annotated[str | None, typer.Option(help="Software stack, or a file that `calibrate` wrote.")] = None,
     catalog: Annotated[str | None, typer.Option(metavar="FILE", help="Own accelerators and offers.")] = None,
@@ -178,7 +179,7 @@ def _request(path: str | None, given: dict[str, str]) -> Any:
 def _option_value(name: str, text: str) -> Any:
     if name == "price":
         return text if any(c.isalpha() for c in text) else f"{text} USD/h"
-    if name in ("accelerator", "offer", "pricing", "schedule", "precision", "optimizer", "recompute", "job", "attention_kernel", "loss_kernel"):
+    if name in ("accelerator", "offer", "network", "pricing", "schedule", "precision", "optimizer", "recompute", "job", "attention_kernel", "loss_kernel"):
         return text
     return _scalar(text)
 

@@ -208,7 +208,8 @@ def estimate_time(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) ->
     busy = schedule.resident(forward + backward + weight) / schedule.parameter_copies
     slowest = np.argmax(busy, axis=-1)
     transfer_s = _pipeline_transfer_s(graph, groups, cluster) * (1 - efficiency.stack.overlap.pipeline.value)
-    bubble = schedule.bubble_s(forward, backward, weight, transfer_s, layout.pp, layout.num_virtual_stages, m)
+    # A difference of two equal sums: what rounding leaves of it may be negative.
+    bubble = np.maximum(schedule.bubble_s(forward, backward, weight, transfer_s, layout.pp, layout.num_virtual_stages, m), 0.0)
     on_slowest = {kind: sum(seconds * worked_runs[i][slowest] for i, seconds in enumerate(parts)) * m for kind, parts in kinds.items()}
     on_slowest["memory_bound"] = on_slowest.pop("memory")
     return TimeBreakdown(
