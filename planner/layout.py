@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from planner.spec import PositiveInt, Spec
+from planner.spec import PositiveInt, Spec, ZeroStage
 from planner.units import format_count
 
 __all__ = ["Layout", "LayoutArrays", "PartialLayout", "describe_layout"]
@@ -33,7 +33,7 @@ class Layout(Spec):
     """Model chunks per pipeline rank."""
     schedule: ScheduleName = "1f1b"
     ep: PositiveInt = 1
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: ZeroStage = 0
     sequence_parallel: bool = False
     micro_batch_size: PositiveInt = 1
 
@@ -59,7 +59,7 @@ class PartialLayout(Spec):
     num_virtual_stages: PositiveInt | None = None
     schedule: ScheduleName | None = None
     ep: PositiveInt | None = None
-    zero_stage: Literal[0, 1, 2, 3] | None = None
+    zero_stage: ZeroStage | None = None
     sequence_parallel: bool | None = None
     micro_batch_size: PositiveInt | None = None
 

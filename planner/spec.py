@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -12,7 +12,7 @@ from planner.units import parse, parse_count
 
 __all__ = [
     "Bytes", "BytesPerSecond", "Count", "FlopsPerSecond", "Fraction", "NonNegativeInt", "PositiveInt", "Seconds", "Spec",
-    "UsdPerHour", "Watts", "build",
+    "UsdPerHour", "ZeroStage", "Watts", "build",
 ]  # fmt: skip
 
 S = TypeVar("S", bound="Spec")
@@ -48,12 +48,20 @@ def _whole(value: object) -> object:
     return value
 
 
+def _no_bool(value: object) -> object:
+    """`true` equals 1 in Python, and a Literal would take it."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false; write 0, 1, 2 or 3")
+    return value
+
+
 Bytes = Annotated[float, BeforeValidator(_with_unit("bytes")), Field(gt=0)]
 BytesPerSecond = Annotated[float, BeforeValidator(_with_unit("bytes_per_s")), Field(gt=0)]
 FlopsPerSecond = Annotated[float, BeforeValidator(_with_unit("flops_per_s")), Field(gt=0)]
 Seconds = Annotated[float, BeforeValidator(_with_unit("s")), Field(ge=0)]
 Watts = Annotated[float, BeforeValidator(_with_unit("watts")), Field(gt=0)]
 UsdPerHour = Annotated[float, BeforeValidator(_with_unit("usd_per_hour")), Field(gt=0)]
+ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)]
 Count = Annotated[float, BeforeValidator(_count), Field(gt=0, le=1e30)]
 PositiveInt = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=10**12)]
 NonNegativeInt = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=10**12)]

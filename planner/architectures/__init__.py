@@ -62,10 +62,9 @@ def preset_record(name: str) -> dict[str, Any]:
     Raises:
         InputError: unknown name.
     """
-    path = DATA_DIR / "models" / f"{name}.yaml"
-    if not name.replace("-", "").replace(".", "").replace("_", "").isalnum() or not path.is_file():
+    if name not in preset_names():
         raise unknown_name("model", name, preset_names(), " (or give a path to an HF config.json)")
-    record: dict[str, Any] = read_yaml(path)
+    record: dict[str, Any] = read_yaml(DATA_DIR / "models" / f"{name}.yaml")
     return record
 
 
@@ -73,7 +72,7 @@ def load_model(model: str | Mapping[str, Any]) -> ModelSpec:
     """The model that a user named.
 
     Args:
-        model: a preset, a path to an HF `config.json` (or to the folder that holds it), or a mapping with its keys.
+        model: a preset, a path to an HF `config.json`, or with a slash in it to the folder that holds it, or a mapping with its keys.
     Raises:
         InputError: unknown preset or model_type, unreadable file, missing or impossible keys.
     """
@@ -81,10 +80,8 @@ def load_model(model: str | Mapping[str, Any]) -> ModelSpec:
         return _read_config(dict(model), str(model.get("name", "inline")), "model")
     if not isinstance(model, str):
         raise InputError.single("model", model, "is a preset name, a path to config.json, or a mapping of its keys", "write e.g. model: llama-3.1-8b")
-    path = Path(model)
-    looks_like_path = "/" in model or model.endswith(".json")
-    if looks_like_path or (model not in preset_names() and path.exists() and "\0" not in model):
-        file = path / "config.json" if "\0" not in model and path.is_dir() else path
+    if "/" in model or model.endswith(".json"):
+        file = Path(model) if model.endswith(".json") else Path(model) / "config.json"
         config = read_json(file)
         if not isinstance(config, dict):
             raise InputError.single("model", config, "config.json must hold one JSON object", "give the config.json of an HF model", str(file))
