@@ -57,7 +57,7 @@ def _inputs(request: Request, job: Job, layout: Layout) -> dict[str, Any]:
         "schema_version": request.schema_version,
         "model": request.model,
         "workload": workload,
-        "cluster": spec_to_plain(request.cluster),
+        "cluster": {**spec_to_plain(request.cluster), "accelerator": job.cluster.accelerator.id},
         "stack": request.stack or job.stack.name,
         "layout": spec_to_plain(layout),
     }

@@ -179,7 +179,19 @@ def _request(path: str | None, given: dict[str, str]) -> Any:
 def _option_value(name: str, text: str) -> Any:
     if name == "price":
         return text if any(c.isalpha() for c in text) else f"{text} USD/h"
-    if name in ("accelerator", "offer", "network", "pricing", "schedule", "precision", "optimizer", "recompute", "job", "attention_kernel", "loss_kernel"):
+    if name in (
+        "accelerator",
+        "offer",
+        "network",
+        "pricing",
+        "schedule",
+        "precision",
+        "optimizer",
+        "recompute",
+        "job",
+        "attention_kernel",
+        "loss_kernel",
+    ):
         return text
     return _scalar(text)
 

@@ -167,4 +167,4 @@ def _assumptions(plan: Plan, width: int) -> str:
 
 def _next(plan: Plan) -> str:
     key = "time" if plan.fits else "memory"
-    return f"Next   planner estimate ... --out plan.yaml     planner explain plan.yaml {key}"
+    return f"Next   planner estimate ... --out plan.yaml\n       planner explain plan.yaml {key}"

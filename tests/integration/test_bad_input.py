@@ -108,7 +108,16 @@ def cases() -> Iterator[tuple[str, dict[str, Any], str | None]]:
             for value in (0, 10**13, 2**63, "8", 1e308):
                 if not (name == "num_devices" and value == 0 and False):
                     yield f"{section}.{name} = {value!r}", changed((section, name), value), section
-    layout_cases = {"tp": (3, 16, 5), "dp_shard": (3, 5, 8), "pp": (3, 4, 32), "cp": (3, 7), "ep": (2,), "micro_batch_size": (3, 7, 128), "zero_stage": (0, 4, 9), "dp_replicate": (2, 3)}
+    layout_cases = {
+        "tp": (3, 16, 5),
+        "dp_shard": (3, 5, 8),
+        "pp": (3, 4, 32),
+        "cp": (3, 7),
+        "ep": (2,),
+        "micro_batch_size": (3, 7, 128),
+        "zero_stage": (0, 4, 9),
+        "dp_replicate": (2, 3),
+    }
     for name, values in layout_cases.items():
         for layout_value in values:
             yield f"impossible layout.{name} = {layout_value}", changed(("layout", name), layout_value), "layout"
@@ -116,7 +125,16 @@ def cases() -> Iterator[tuple[str, dict[str, Any], str | None]]:
         request = copy.deepcopy(GOOD)
         del request["model"][name]
         yield f"model without {name}", request, name
-    for name, value in (("hidden_size", 1000), ("num_key_value_heads", 3), ("num_attention_heads", 7), ("model_type", "lama"), ("hidden_act", "tanhh"), ("tie_word_embeddings", "yes"), ("hidden_size", 10**12), ("num_hidden_layers", 0)):
+    for name, value in (
+        ("hidden_size", 1000),
+        ("num_key_value_heads", 3),
+        ("num_attention_heads", 7),
+        ("model_type", "lama"),
+        ("hidden_act", "tanhh"),
+        ("tie_word_embeddings", "yes"),
+        ("hidden_size", 10**12),
+        ("num_hidden_layers", 0),
+    ):
         yield f"model.{name} = {value!r}", changed(("model", name), value), "model"
     for name in ("accelerator", "num_devices"):
         request = copy.deepcopy(GOOD)
@@ -128,7 +146,18 @@ def cases() -> Iterator[tuple[str, dict[str, Any], str | None]]:
         (("workload", "precision"), "nvfp4"), (("workload", "seq_len"), 3), (("workload", "global_batch_size"), 255),
     ):  # fmt: skip
         yield f"{'.'.join(path)} = {value!r}", changed(path, value), None
-    for name, value in (("offer", "aws/p5.48xlargee"), ("offer", "aws/p4d.24xlarge"), ("price", 2.1), ("price", "2.1"), ("price", "-2 USD/h"), ("network", 400), ("network", "400"), ("domain_size", 0), ("node_size", -8), ("region", "mars")):
+    for name, value in (
+        ("offer", "aws/p5.48xlargee"),
+        ("offer", "aws/p4d.24xlarge"),
+        ("price", 2.1),
+        ("price", "2.1"),
+        ("price", "-2 USD/h"),
+        ("network", 400),
+        ("network", "400"),
+        ("domain_size", 0),
+        ("node_size", -8),
+        ("region", "mars"),
+    ):
         yield f"cluster.{name} = {value!r}", changed(("cluster", name), value), "cluster"
     yield "lora rank without lora", changed(("workload", "lora_rank"), 8), "workload"
 
@@ -142,7 +171,9 @@ def test_there_are_at_least_300_of_them() -> None:
 
 
 @pytest.mark.parametrize(("request_", "key"), [pytest.param(r, k, id=label) for label, r, k in CASES])
-def test_wrong_request(request_: dict[str, Any], key: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_request(
+    request_: dict[str, Any], key: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(request_))
     assert_refused(*run(["estimate", str(path)], capsys, monkeypatch), key)
@@ -156,7 +187,9 @@ def test_the_good_request_is_good(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert out.count("FITS") == 1
 
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
 FILES: dict[str, bytes] = {
     "alias bomb": BOMB.encode(),
     "one alias": b"model: &m gpt2\ncluster: {accelerator: *m, num_devices: 8}\n",
@@ -193,7 +226,9 @@ def test_wrong_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert_refused(*run(command, capsys, monkeypatch))
 
 
-@pytest.mark.parametrize("text", ["{", "[1", '{"a": NaN}', '{"a": 1, "a": 2}', '{"model": "gpt2", "cluster": 1e400}', "null", '"text"', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["{", "[1", '{"a": NaN}', '{"a": 1, "a": 2}', '{"model": "gpt2", "cluster": 1e400}', "null", '"text"', "[" * 100_000]
+)
 def test_wrong_json(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text)
@@ -223,7 +258,13 @@ def test_all_errors_at_once(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     argv = "estimate --model gpt2 --accelerator h100 --num-devices -3 --precision bf61 --tokens x --schedule 1f1bb --zero-stage 7".split()
     status, _, err = run(argv, capsys, monkeypatch)
     assert status == 2
-    assert {found["key"] for found in PROBLEM.finditer(err)} == {"cluster.num_devices", "workload.precision", "workload.tokens", "layout.schedule", "layout.zero_stage"}
+    assert {found["key"] for found in PROBLEM.finditer(err)} == {
+        "cluster.num_devices",
+        "workload.precision",
+        "workload.tokens",
+        "layout.schedule",
+        "layout.zero_stage",
+    }
     assert "did you mean bf16?" in err
 
 
@@ -240,19 +281,31 @@ def test_json_errors_are_json(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 def test_a_real_process_says_the_same() -> None:
-    done = subprocess.run([sys.executable, "-m", "planner", "estimate", "--model", "gpt2", "--accelerator", "h1000", "--num-devices", "8"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "planner", "estimate", "--model", "gpt2", "--accelerator", "h1000", "--num-devices", "8"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert_refused(done.returncode, done.stdout, done.stderr, "cluster.accelerator")
 
 
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.sampled_from([0, -1, 1, 2**31, 2**63, 10**400, "8", "1e9", "inf", "\u202e", "../x", "a\0b", "${x}"])
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=20),
+    st.sampled_from([0, -1, 1, 2**31, 2**63, 10**400, "8", "1e9", "inf", "\u202e", "../x", "a\0b", "${x}"]),
 )
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=5)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(path=st.sampled_from([*paths(), *(("model", name) for name in GOOD["model"])]), value=VALUES)
-def test_any_value_anywhere_is_answered_or_refused(path: tuple[str, ...], value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_value_anywhere_is_answered_or_refused(
+    path: tuple[str, ...], value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever stands in a plan: a result (0, 3) or a refusal (2), never a fault of ours (1)."""
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(changed(path, value)))
