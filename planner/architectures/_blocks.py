@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from planner.architectures import ModelOps
 from planner.model_spec import Mla, ModelSpec, Moe
 from planner.ops import Attention, Collective, Elementwise, Embedding, GroupedLinear, Linear, Loss, Norm, Op, Producer
@@ -173,6 +175,19 @@ def leave(spec: ModelSpec, name: str) -> Ops:
     return (Collective(name=f"{name}.leave", pattern="leave", width=spec.hidden_size),)
 
 
+def parallel_block(spec: ModelSpec, layer: int) -> Ops:
+    """x + attention(norm(x)) + feed-forward(norm(x)): one way into the tensor-parallel region and one out.
+
+    With one norm both branches read the same tensor, and only attention's projection keeps it.
+    """
+    shared = spec.num_block_norms == 1
+    norms: Ops = (block_norm(spec, "norm"),) if shared else (block_norm(spec, "attention_norm"), block_norm(spec, "mlp_norm", None))
+    return (
+        *norms, *enter(spec, "block"), *attention(spec, spec.window_at(layer)), *feed_forward(spec, input_kept=not shared), *leave(spec, "block"),
+        *dropout(spec, "dropout"), *residual(spec, "add"),
+    )  # fmt: skip
+
+
 def standard_block(spec: ModelSpec, layer: int) -> Ops:
     """Pre-norm block: x + attention(norm(x)), then x + feed-forward(norm(x)); either in its MoE or MLA form.
 
@@ -201,12 +216,13 @@ def head(spec: ModelSpec) -> Ops:
     return (*norm, *enter(spec, "head"), project, Loss(name="loss", vocab_size=spec.vocab_size))
 
 
-def decoder(spec: ModelSpec, block: object = None) -> ModelOps:
-    """A decoder (or encoder) of `num_layers` standard blocks; equal blocks share one entry."""
+def decoder(spec: ModelSpec, block: Callable[[ModelSpec, int], Ops] | None = None) -> ModelOps:
+    """A decoder (or encoder) of `num_layers` blocks; equal blocks share one entry."""
+    make = block or (parallel_block if spec.is_parallel_block else standard_block)
     kinds: dict[Ops, int] = {}
     layers = []
     for layer in range(spec.num_layers):
-        ops = standard_block(spec, layer)
+        ops = make(spec, layer)
         layers.append(kinds.setdefault(ops, len(kinds)))
     blocks = tuple((_block_name(ops), ops) for ops in kinds)
     return ModelOps(embedding(spec), blocks, tuple(layers), head(spec))
