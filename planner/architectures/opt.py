@@ -23,7 +23,12 @@ class Opt:
     def read(config: Config) -> ModelSpec:
         """ModelSpec of an OPT configuration."""
         hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-        config.rule(config.size("word_embed_proj_dim", hidden) == hidden, "word_embed_proj_dim", f"must equal hidden_size = {hidden}", "use another size of OPT")
+        config.rule(
+            config.size("word_embed_proj_dim", hidden) == hidden,
+            "word_embed_proj_dim",
+            f"must equal hidden_size = {hidden}",
+            "use another size of OPT",
+        )
         config.rule(config.flag("do_layer_norm_before", True), "do_layer_norm_before", "must be true", "use another size of OPT")
         bias = config.flag("enable_bias", True)
         return config.spec(

@@ -1,0 +1,34 @@
+"""Mixtral: Llama's block with a mixture of experts in every layer. Source: arXiv:2401.04088."""
+
+from __future__ import annotations
+
+from planner.architectures import ARCHITECTURES, ModelOps
+from planner.architectures._blocks import decoder
+from planner.architectures._common import decoder_fields
+from planner.architectures._config import Config
+from planner.model_spec import ModelSpec, Moe
+
+
+@ARCHITECTURES.register("mixtral")
+class Mixtral:
+    """HF words: num_local_experts, num_experts_per_tok; `intermediate_size` is one expert's."""
+
+    @staticmethod
+    def read(config: Config) -> ModelSpec:
+        """ModelSpec of a Mixtral configuration."""
+        return config.spec(
+            family="mixtral",
+            **decoder_fields(config),
+            tie_word_embeddings=config.flag("tie_word_embeddings", False),
+            sliding_window=config.size("sliding_window", 0, 0),
+            moe=Moe(
+                num_experts=config.size("num_local_experts", 8),
+                num_experts_per_token=config.size("num_experts_per_tok", 2),
+                intermediate_size=config.size("intermediate_size"),
+            ),
+        )
+
+    @staticmethod
+    def ops(spec: ModelSpec) -> ModelOps:
+        """Ops from embedding to loss."""
+        return decoder(spec)
