@@ -1,22 +1,24 @@
 """Accelerators, links, offers and clusters: the strict reader of `data/hardware_catalog.yaml` and `data/offers.yaml`.
 
-Every rate is dense, per device and per direction. Text with units in the files becomes SI numbers here, once. Only the
-entry that is asked for is parsed: the files are cut at their top-level keys first, which keeps a single estimate fast.
+Every rate is dense, per device and per direction. Text with units in the files becomes SI numbers here, once, and only for
+the entries that are asked for (see `catalog_files`).
 """
 
 from __future__ import annotations
 
 import datetime
+import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ConfigDict, Field, field_serializer, model_validator
 
-from planner.errors import InputError
-from planner.files import DATA_DIR, parse_yaml, read_text, to_yaml
+from planner.catalog_files import Entries, add_entries, read_aliases, read_entries
+from planner.errors import InputError, Problem
+from planner.files import DATA_DIR
 from planner.registry import unknown_name
 from planner.spec import Bytes, BytesPerSecond, FlopsPerSecond, NonNegativeInt, PositiveInt, Seconds, Spec, UsdPerHour, Watts, build
 
@@ -24,7 +26,7 @@ __all__ = ["Accelerator", "Catalog", "Cluster", "ClusterSpec", "Link", "Offer", 
 
 Pricing = Literal["on_demand", "spot", "reserved_1y", "reserved_3y"]
 STALE_DAYS = 90
-PRICE_DATE = re.compile(r"(\d{4})(?:-(\d{2}))?(?:-(\d{2}))?")
+PRICE_DATE = re.compile(r"(\d{4})(?:-(\d{2})(?:-(\d{2}))?)?")
 
 
 class Link(Spec):
@@ -38,6 +40,9 @@ class Link(Spec):
     """All links of one device together."""
     peer_bandwidth_bytes_per_s: BytesPerSecond = Field(alias="peer_bandwidth")
     """Between two devices."""
+    bridge_size: PositiveInt | None = None
+    """Devices that a bridge joins beside a slower `bandwidth_bytes_per_s`."""
+    bridge_bandwidth_bytes_per_s: BytesPerSecond | None = Field(default=None, alias="bridge_bandwidth")
     domain_size: PositiveInt
     """Devices that reach each other at these rates."""
     torus_axes: NonNegativeInt = 0
@@ -57,9 +62,15 @@ class Link(Spec):
     source: str = Field(min_length=4)
 
     @model_validator(mode="after")
-    def _torus_has_shape(self) -> Link:
+    def _groups_are_whole(self) -> Link:
         if (self.kind == "torus") != (len(self.torus_shape) > 0 and self.torus_axes == len(self.torus_shape)):
             raise ValueError("a torus, and only a torus, has torus_axes and a torus_shape of as many numbers; give both or neither")
+        if math.prod(self.torus_shape or [self.domain_size]) < self.domain_size:
+            raise ValueError("torus_shape is the largest slice, and domain_size is larger; correct one of them")
+        if self.peer_bandwidth_bytes_per_s > self.bandwidth_bytes_per_s:
+            raise ValueError("peer_bandwidth is part of bandwidth, and larger than it here; correct one of them")
+        if (self.bridge_size is None) != (self.bridge_bandwidth_bytes_per_s is None):
+            raise ValueError("bridge_size and bridge_bandwidth belong together; give both or neither")
         if (self.allreduce_efficiency_fraction is None) != (self.allreduce_min_group is None):
             raise ValueError("allreduce_efficiency_fraction and allreduce_min_group belong together; give both or neither")
         return self
@@ -103,14 +114,17 @@ class Offer(Spec):
     id: str
     provider: str
     instance_type: str
-    accelerator: str | None
+    accelerator: str
     devices_per_instance: PositiveInt
+    node_size: PositiveInt | None = None
+    """Devices per host, where that is not `devices_per_instance`: a TPU slice, one device sold out of a larger node."""
     region: str | None = None
     network_bytes_per_s: BytesPerSecond | None = Field(default=None, alias="network")
     """Accelerator network per instance, one direction."""
     network_kind: str = ""
     usd_per_hour: dict[Pricing, float] = Field(default_factory=dict)
     price_date: str | None = None
+    """YYYY-MM-DD, YYYY-MM, YYYY or undated."""
     source: str = Field(min_length=4)
     notes: str = ""
 
@@ -120,6 +134,8 @@ class Offer(Spec):
             raise ValueError("prices are dollars per instance-hour, above 0 and below 100 per device; correct usd_per_hour")
         if self.usd_per_hour and self.price_date is None:
             raise ValueError("a price needs its date; add price_date")
+        if self.price_date not in (None, "undated") and _parse_date(self.price_date or "") is None:
+            raise ValueError("price_date is YYYY-MM-DD, YYYY-MM, YYYY or undated; write it so")
         return self
 
     def price_usd_per_device_hour(self, pricing: Pricing) -> float | None:
@@ -128,12 +144,21 @@ class Offer(Spec):
         return None if price is None else price / self.devices_per_instance
 
     def is_stale(self, today: datetime.date, days: int = STALE_DAYS) -> bool:
-        """Whether the price is older than `days`, or its date too vague to tell."""
-        match = PRICE_DATE.fullmatch(self.price_date or "")
-        if match is None or match[2] is None:
-            return True
-        dated = datetime.date(int(match[1]), int(match[2]), int(match[3] or 1))
-        return (today - dated).days > days
+        """Whether the price is older than `days`, or its date too vague to tell.
+
+        A month without a day counts as its first day; a year alone, or no date, counts as stale.
+        """
+        dated = _parse_date(self.price_date or "")
+        return dated is None or len(self.price_date or "") < len("2026-01") or (today - dated).days > days
+
+
+def _parse_date(text: str) -> datetime.date | None:
+    """`2026-07-30`, `2026-07` or `2026`; None for anything else."""
+    match = PRICE_DATE.fullmatch(text)
+    try:
+        return datetime.date(int(match[1]), int(match[2] or 1), int(match[3] or 1)) if match else None
+    except ValueError:
+        return None
 
 
 class ClusterSpec(Spec):
@@ -175,46 +200,6 @@ class Cluster:
     assumptions: tuple[str, ...] = ()
 
 
-class _Entries(Mapping[str, Any]):
-    """Entries of catalog files, parsed when first looked at."""
-
-    def __init__(self, texts: dict[str, tuple[str, str]], kind: type[Spec]) -> None:
-        self._texts = texts
-        self._kind = kind
-        self._built: dict[str, Any] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._built:
-            text, where = self._texts[name]
-            values = parse_yaml(text, where)[name]
-            if not isinstance(values, dict):
-                raise InputError.single(name, values, "an entry is a mapping of keys", "see data/hardware_catalog.yaml", where)
-            values = {key: value for key, value in values.items() if key != "replace"}
-            self._built[name] = build(self._kind, {"id": name, **values}, name, where)
-        return self._built[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._texts)
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-
-_TOP_KEY = re.compile(r"^(?:'([^'\n]+)'|\"([^\"\n]+)\"|([^\s#'\"][^:\n]*?)):", re.MULTILINE)
-
-
-def _cut(text: str, where: str) -> dict[str, tuple[str, str]]:
-    """Top-level key -> (its lines, file), without parsing them."""
-    found: dict[str, tuple[str, str]] = {}
-    matches = list(_TOP_KEY.finditer(text))
-    for match, following in zip(matches, [*matches[1:], None], strict=True):
-        name = match[1] or match[2] or match[3]
-        if name in found:
-            raise InputError.single(name, None, "stands twice in one catalog file", "remove one of the two entries", where)
-        found[name] = (text[match.start() : following.start() if following else len(text)], where)
-    return found
-
-
 @dataclass(frozen=True)
 class Catalog:
     """All accelerators and offers that can be named."""
@@ -229,8 +214,9 @@ class Catalog:
         Raises:
             InputError: unknown name; the nearest ones are named.
         """
-        key = name.strip().lower()
-        key = self.aliases.get(key, key)
+        key = name.strip()
+        if key not in self.accelerators:
+            key = self.aliases.get(key.lower(), key.lower())
         if key not in self.accelerators:
             raise unknown_name("cluster.accelerator", name, list(self.accelerators), " (see planner catalog accelerators)")
         return self.accelerators[key]
@@ -256,35 +242,47 @@ class Catalog:
         """
         device = self.accelerator(spec.accelerator)
         offer = self.offer(spec.offer) if spec.offer is not None else None
-        if offer is not None and (offer.accelerator is None or self.accelerator(offer.accelerator).id != device.id):
+        if offer is not None and self.accelerator(offer.accelerator).id != device.id:
             fix = f"use accelerator {offer.accelerator}, or another offer"
             raise InputError.single("cluster.offer", spec.offer, f"holds {offer.accelerator}, and cluster.accelerator is {device.id}", fix)
         notes: list[str] = []
         if not device.confidence.startswith("high"):
             notes.append(f"catalog values of {device.id} are of {device.confidence} confidence: see planner catalog accelerators {device.id}")
-        node_size = spec.node_size or (offer.devices_per_instance if offer else min(device.typical_node_size, spec.num_devices))
-        scale_out = _scale_out(spec, device, offer, node_size, notes)
-        domain = min(spec.domain_size or device.scale_up.domain_size, spec.num_devices)
+        if offer is not None and offer.id != spec.offer:
+            notes.append(f"region of {spec.offer}: {offer.region or 'not stated'}, the first one in the catalog; name another as {offer.id}")
+        per_node = (offer.node_size or offer.devices_per_instance) if offer else min(device.typical_node_size, spec.num_devices)
+        node_size = spec.node_size or per_node
+        domain = min(spec.domain_size or _domain_size(device, node_size), spec.num_devices)
+        scale_out = _scale_out(spec, device, offer, node_size, domain, notes)
         scale_up = device.scale_up.model_copy(update={"domain_size": domain})
         return Cluster(device, spec.num_devices, node_size, scale_up, scale_out, offer, spec.pricing, _price(spec, offer, notes), tuple(notes))
 
 
-def _scale_out(spec: ClusterSpec, device: Accelerator, offer: Offer | None, node_size: int, notes: list[str]) -> Link | None:
+def _domain_size(device: Accelerator, node_size: int) -> int:
+    """Devices on one scale-up fabric: at most a node's, unless the fabric joins nodes (NVL72 racks, TPU slices)."""
+    link = device.scale_up
+    if link.kind == "pcie":
+        return node_size
+    return link.domain_size if link.domain_size > device.typical_node_size else min(link.domain_size, node_size)
+
+
+def _scale_out(spec: ClusterSpec, device: Accelerator, offer: Offer | None, node_size: int, domain: int, notes: list[str]) -> Link | None:
     """The network between nodes: the user's, the offer's, or the vendor's reference design."""
     reference = device.scale_out
-    per_node = spec.network_bytes_per_s or (offer.network_bytes_per_s if offer else None)
-    if per_node is None:
-        if reference is not None and spec.num_devices > device.scale_up.domain_size:
+    if spec.network_bytes_per_s is not None:
+        name, source, rate = "as given", "given by the user", spec.network_bytes_per_s / node_size
+    elif offer is not None and offer.network_bytes_per_s is not None:
+        name, source, rate = f"{offer.network_kind} of {offer.id}", offer.source, offer.network_bytes_per_s / offer.devices_per_instance
+    else:
+        if reference is not None and spec.num_devices > domain:
             notes.append(f"network between nodes: {reference.name}, {reference.bandwidth_bytes_per_s / 1e9:g} GB/s per device (reference design)")
         return reference
-    rate = per_node / node_size
-    name = "as given" if spec.network_bytes_per_s else f"{offer.network_kind} of {offer.id}" if offer else ""
-    latency = reference.latency_s if reference else 1e-5
-    measured = reference.ring_efficiency_fraction if reference else 0.8
-    source = offer.source if offer else "given by the user"
-    fields = {"name": name, "kind": "switch", "bandwidth": f"{rate!r} B/s", "peer_bandwidth": f"{rate!r} B/s", "domain_size": 1}
-    evidence = {"ring_efficiency_fraction": measured, "latency": f"{latency!r} s", "evidence": "assumed", "source": source}
-    return build(Link, fields | evidence, "cluster.network")
+    shared = {
+        "ring_efficiency_fraction": reference.ring_efficiency_fraction if reference else 0.8,
+        "latency": f"{reference.latency_s if reference else 1e-5!r} s",
+    }
+    per_device = {"bandwidth": f"{rate!r} B/s", "peer_bandwidth": f"{rate!r} B/s", "domain_size": 1}
+    return build(Link, {"name": name, "kind": "switch", **per_device, **shared, "evidence": "assumed", "source": source}, "cluster.network")
 
 
 def _price(spec: ClusterSpec, offer: Offer | None, notes: list[str]) -> float | None:
@@ -310,44 +308,26 @@ def load_catalog(extra: Path | None = None) -> Catalog:
     Raises:
         InputError: unreadable file, or an id that is taken.
     """
-    accelerators = _read(DATA_DIR / "hardware_catalog.yaml")
-    offers = _read(DATA_DIR / "offers.yaml")
-    aliases = _aliases(accelerators)
+    accelerators = read_entries(DATA_DIR / "hardware_catalog.yaml")
+    offers = read_entries(DATA_DIR / "offers.yaml")
+    own = add_entries(extra, accelerators, offers) if extra is not None else {}
+    catalog = Catalog(Entries(accelerators, Accelerator), Entries(offers, Offer), read_aliases(accelerators))
     if extra is not None:
-        _add(extra, accelerators, offers)
-        aliases |= _aliases({name: text for name, text in accelerators.items() if text[1] == str(extra)})
-    return Catalog(_Entries(accelerators, Accelerator), _Entries(offers, Offer), aliases)
+        _check_own(catalog, own, str(extra))
+    return catalog
 
 
-def _read(path: Path) -> dict[str, tuple[str, str]]:
-    return _cut(read_text(path), path.name)
-
-
-_ALIASES = re.compile(r"^\s+aliases:\s*\[([^\]]*)\]", re.MULTILINE)
-
-
-def _aliases(texts: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """Alias -> id, read from the `aliases: [...]` lines alone."""
-    found: dict[str, str] = {}
-    for name, (text, _) in texts.items():
-        match = _ALIASES.search(text)
-        for alias in match[1].split(",") if match else []:
-            if alias.strip():
-                found[alias.strip().strip("'\"").lower()] = name
-    return found
-
-
-def _add(path: Path, accelerators: dict[str, tuple[str, str]], offers: dict[str, tuple[str, str]]) -> None:
-    values = parse_yaml(read_text(path), str(path))
-    known = {"accelerators": accelerators, "offers": offers}
-    if not isinstance(values, dict) or not set(values) <= set(known):
-        raise InputError.single(
-            "catalog", values, "a catalog file holds accelerators: and offers:, each a mapping of entries", "see docs/adding.md", str(path)
-        )
-    for section, entries in values.items():
-        if not isinstance(entries, dict):
-            raise InputError.single(section, entries, "must be a mapping of ids to entries", "see docs/adding.md", str(path))
-        for name, entry in entries.items():
-            if name in known[section] and not (isinstance(entry, dict) and entry.get("replace") is True):
-                raise InputError.single(f"{section}.{name}", name, "is already in the catalog", "choose another id, or add replace: true", str(path))
-            known[section][name] = (to_yaml({name: entry}), str(path))
+def _check_own(catalog: Catalog, own: dict[str, list[str]], where: str) -> None:
+    """Parses a user's entries at once, so that a mistake in any of them is named before it is needed."""
+    problems: list[Problem] = []
+    for section, names in own.items():
+        entries = catalog.accelerators if section == "accelerators" else catalog.offers
+        for name in names:
+            try:
+                entry = entries[name]
+                if isinstance(entry, Offer):
+                    catalog.accelerator(entry.accelerator)
+            except InputError as error:
+                problems += [replace(p, key=f"{name}.accelerator" if p.key == "cluster.accelerator" else p.key, where=where) for p in error.problems]
+    if problems:
+        raise InputError(*problems)
