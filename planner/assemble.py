@@ -16,7 +16,7 @@ from planner.resolve import Job
 from planner.scaling_laws import predict_loss
 from planner.timing import TimeBreakdown
 
-__all__ = ["assemble_plan"]
+__all__ = ["assemble_plan", "hardware_flops_per_token"]
 
 
 def assemble_plan(
@@ -68,6 +68,11 @@ def _inputs(request: Request, job: Job, layout: Layout) -> dict[str, Any]:
 
 def _flops(job: Job, graph: StepGraph) -> Flops:
     model = model_flops_per_token(job.model, job.seq_len, job.numerics)
+    return Flops(model["full"], hardware_flops_per_token(job, graph), "full", model["causal"], model["full"] * job.tokens)
+
+
+def hardware_flops_per_token(job: Job, graph: StepGraph) -> float:
+    """FLOPs as executed, over the tokens that were trained; linear in the ops of the graph."""
     tokens_per_microbatch = float(graph.shard.micro_batch_size * graph.seq_len)
     executed = 0.0
     for part in graph.parts:
@@ -76,8 +81,7 @@ def _flops(job: Job, graph: StepGraph) -> Flops:
         backward = float(part.total("backward_input_flops") + part.total("backward_weight_flops"))
         executed += float(np.sum(part.counts)) * (forward + backward + again)
     # Each device of a (tp, cp) group does its share of the same tokens; copies of key-value heads count as executed.
-    hardware = executed * graph.layout.tp * graph.layout.cp / tokens_per_microbatch
-    return Flops(model["full"], hardware, "full", model["causal"], model["full"] * job.tokens)
+    return executed * graph.layout.tp * graph.layout.cp / tokens_per_microbatch
 
 
 def _selectively_repeated(job: Job, part: Any) -> float:

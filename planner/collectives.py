@@ -14,7 +14,7 @@ import numpy as np
 
 from planner.hardware import Cluster
 
-__all__ = ["Group", "collective_s", "make_group"]
+__all__ = ["Group", "Pace", "collective_s", "make_group", "pace"]
 
 Array = Any
 BASE_LATENCY_S = 8e-6
@@ -72,19 +72,26 @@ def _latency_s(group: Group, cluster: Cluster, num_rounds: float) -> Array:
     return np.where(group.size > 1, BASE_LATENCY_S + num_rounds * hops, 0.0)
 
 
-def collective_s(collective: str, num_bytes: Array, group: Group, cluster: Cluster) -> Array:
-    """Seconds of one collective.
+@dataclass(frozen=True)
+class Pace:
+    """seconds = num_bytes * traffic_ratio / bytes_per_s + latency_s; numbers or arrays."""
 
-    Formula: rounds * bytes * (n-1)/n / bus_bandwidth + latency, rounds 2 for all-reduce and 1 otherwise. Across domains a
+    traffic_ratio: Array
+    """Bytes that pass the slowest link, over the bytes of the buffer."""
+    bytes_per_s: Array
+    latency_s: Array
+
+
+def pace(collective: str, group: Group, cluster: Cluster) -> Pace:
+    """What a collective costs per byte and per call.
+
+    Formula: traffic rounds * (n-1)/n over the bus bandwidth, rounds 2 for all-reduce and 1 otherwise. Across domains a
     ring leaves each domain through the network cards of all its members, so bus bandwidth is the smaller of the
     scale-up rate and members * network rate. All-to-all and ring passing move each byte once: the part that stays
     inside the domain at the scale-up rate, the rest at the network rate, at the same time.
 
     Args:
         collective: all_gather, reduce_scatter, all_reduce, all_to_all, ring or p2p.
-        num_bytes: the full buffer; for p2p the message.
-    Returns:
-        Seconds; 0 for groups of one, and for empty messages.
     Source: NVIDIA/nccl-tests doc/PERFORMANCE.md @a0b82b2; NVIDIA/nccl src/graph/tuning.cc @5067397.
     """
     n = group.size
@@ -93,16 +100,27 @@ def collective_s(collective: str, num_bytes: Array, group: Group, cluster: Clust
     share = np.where(n > 1, (n - 1) / n, 0.0)
     if collective == "p2p":
         hop = cluster.scale_up.peer_bandwidth_bytes_per_s * cluster.scale_up.ring_efficiency_fraction
-        seconds = num_bytes / np.where(crosses, outside, hop) + _latency_s(group, cluster, 1)
-    elif collective == "all_to_all":
+        return Pace(1.0, np.where(crosses, outside, hop), _latency_s(group, cluster, 1))
+    if collective == "all_to_all":
         stays = np.where(n > 1, (group.per_domain - 1) / n, 0.0)
         leaves = np.where(n > 1, (n - group.per_domain) / n, 0.0)
-        seconds = np.maximum(num_bytes * stays / inside, num_bytes * leaves / outside) + _latency_s(group, cluster, 1)
-    elif collective == "ring":
+        is_inside = stays / inside >= leaves / outside
+        return Pace(np.where(is_inside, stays, leaves), np.where(is_inside, inside, outside), _latency_s(group, cluster, 1))
+    if collective == "ring":
         slowest = np.where(crosses, np.minimum(inside, outside), inside)
-        seconds = num_bytes * share / slowest + _latency_s(group, cluster, 1)
-    else:
-        rounds = 2.0 if collective == "all_reduce" else 1.0
-        bus = np.where(crosses, np.minimum(_scale_up_bytes_per_s(group, cluster, "ring"), group.per_domain * outside), inside)
-        seconds = rounds * num_bytes * share / bus + _latency_s(group, cluster, rounds)
-    return np.where((n > 1) & (np.asarray(num_bytes) > 0), seconds, 0.0)
+        return Pace(share, slowest, _latency_s(group, cluster, 1))
+    rounds = 2.0 if collective == "all_reduce" else 1.0
+    bus = np.where(crosses, np.minimum(_scale_up_bytes_per_s(group, cluster, "ring"), group.per_domain * outside), inside)
+    return Pace(rounds * share, bus, _latency_s(group, cluster, rounds))
+
+
+def collective_s(collective: str, num_bytes: Array, group: Group, cluster: Cluster) -> Array:
+    """Seconds of one collective; 0 for groups of one, and for empty messages.
+
+    Args:
+        collective: see `pace`.
+        num_bytes: the full buffer; for p2p the message.
+    """
+    found = pace(collective, group, cluster)
+    seconds = num_bytes * found.traffic_ratio / found.bytes_per_s + found.latency_s
+    return np.where((group.size > 1) & (np.asarray(num_bytes) > 0), seconds, 0.0)

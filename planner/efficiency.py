@@ -237,11 +237,16 @@ class Efficiency:
             gemm = (float(seq_len), float(seq_len), float(op.head_dim))
             peak = self.peak_flops_per_s(self.precision.attention_rate) * self.matmul_peak_fraction.value
             return flops / (peak * gemm[2] / (gemm[2] + EPILOGUE_K)) + self.memory_s(num_bytes, 3)
-        curve = _attention_curve(self.stack.attention_library, self.accelerator, op.head_dim, op.is_causal, phase)
         peak = self.peak_flops_per_s(self.precision.attention_rate)
+        reached, _ = self.attention_fraction(op, seq_len, phase)
+        return np.maximum(flops / (peak * reached * self.stack.attention.value), self.memory_s(num_bytes, 1))
+
+    def attention_fraction(self, op: Any, seq_len: int, phase: str) -> tuple[Array, str]:
+        """(share of peak that the published kernel reaches, its source)."""
+        curve = _attention_curve(self.stack.attention_library, self.accelerator, op.head_dim, op.is_causal, phase)
         # A window leaves bands of the matrix: the kernel runs as on sequences of twice the window.
         effective = min(seq_len, 2 * op.window) if op.window else seq_len
-        return np.maximum(flops / (peak * curve.fraction(effective) * self.stack.attention.value), self.memory_s(num_bytes, 1))
+        return curve.fraction(effective), f"{curve.source} ({curve.evidence})"
 
     def forward_s(self, cost: OpCost, seq_len: int, is_flash: bool) -> Array:
         """Seconds of one op in the forward pass."""
@@ -249,7 +254,7 @@ class Efficiency:
         if kind == "attention":
             return self.attention_s(cost.op, seq_len, cost.forward_flops, cost.forward_bytes, is_flash, "forward")
         if cost.gemm is not None:
-            return self.matmul_s(cost.forward_flops, cost.forward_bytes, cost.gemm, kind == "grouped_matmul") + self._conversion_s(cost)
+            return self.matmul_s(cost.forward_flops, cost.forward_bytes, cost.gemm, kind == "grouped_matmul") + self.conversion_s(cost)
         return self.memory_s(cost.forward_bytes, cost.num_kernels)
 
     def backward_input_s(self, cost: OpCost, seq_len: int, is_flash: bool) -> Array:
@@ -259,7 +264,7 @@ class Efficiency:
             return self.attention_s(cost.op, seq_len, cost.backward_input_flops, cost.backward_bytes, is_flash, "backward")
         if cost.gemm is not None:
             m, n, k = cost.gemm
-            return self.matmul_s(cost.backward_input_flops, cost.backward_bytes / 2, (m, k, n), kind == "grouped_matmul") + self._conversion_s(cost)
+            return self.matmul_s(cost.backward_input_flops, cost.backward_bytes / 2, (m, k, n), kind == "grouped_matmul") + self.conversion_s(cost)
         return self.memory_s(cost.backward_bytes, cost.num_kernels)
 
     def backward_weight_s(self, cost: OpCost, seq_len: int, is_flash: bool) -> Array:
@@ -269,7 +274,7 @@ class Efficiency:
         m, n, k = cost.gemm
         return self.matmul_s(cost.backward_weight_flops, cost.backward_bytes / 2, (k, n, m), cost.op.kind == "grouped_matmul")
 
-    def _conversion_s(self, cost: OpCost) -> Array:
+    def conversion_s(self, cost: OpCost) -> Array:
         """Casting a matmul's input to a narrow format: read in the compute format, write narrow."""
         if not self.precision.is_quantized or cost.gemm is None:
             return 0.0

@@ -33,6 +33,9 @@ __all__ = [
     "over_stages",
     "part_runs",
     "stage_counts",
+    "sum_model_flops",
+    "sum_params",
+    "whole_model",
 ]
 
 Array = Any
@@ -175,25 +178,29 @@ def build_step_graph(
     return StepGraph(model, workload, layout, numerics, precision, shard, parts, seq_len, global_batch_size)
 
 
-def _whole(listed: ModelOps, seq_len: int, numerics: Numerics) -> list[tuple[float, OpCost]]:
-    """(count, cost) of every op on a single device with one sequence."""
+def whole_model(listed: ModelOps, seq_len: int, numerics: Numerics) -> list[tuple[str, float, OpCost]]:
+    """(part, count, cost) of every op on a single device with one sequence."""
     shard = Shard(1, seq_len)
-    counted = [(1.0, op.cost(shard, numerics)) for op in (*listed.embedding, *listed.head)]
-    for kind, (_, ops) in enumerate(listed.blocks):
+    counted = [("embedding", 1.0, op.cost(shard, numerics)) for op in listed.embedding]
+    counted += [("head", 1.0, op.cost(shard, numerics)) for op in listed.head]
+    for kind, (name, ops) in enumerate(listed.blocks):
         count = float(listed.layers.count(kind))
-        counted += [(count, op.cost(shard, numerics)) for op in ops]
+        counted += [(name, count, op.cost(shard, numerics)) for op in ops]
     return counted
+
+
+def sum_params(counted: list[tuple[str, float, OpCost]]) -> dict[str, float]:
+    """Parameters of the ops of `whole_model`, or of some of them: total, active per token, of the embeddings."""
+    return {
+        "total": float(sum(n * c.params for _, n, c in counted)),
+        "active": float(sum(n * c.active_params for _, n, c in counted) - sum(n * c.tied_params for _, n, c in counted)),
+        "embedding": float(sum(n * c.embedding_params for _, n, c in counted)),
+    }
 
 
 def count_params(model: ModelSpec, seq_len: int = 1) -> dict[str, float]:
     """Parameters of the model: total, active per token, and of the embeddings (and untied head)."""
-    counted = _whole(model_ops(model), seq_len, Numerics())
-    embedding = sum(n * c.embedding_params for n, c in counted)
-    return {
-        "total": float(sum(n * c.params for n, c in counted)),
-        "active": float(sum(n * c.active_params for n, c in counted) - sum(n * c.tied_params for n, c in counted)),
-        "embedding": float(embedding),
-    }
+    return sum_params(whole_model(model_ops(model), seq_len, Numerics()))
 
 
 def model_flops_per_token(model: ModelSpec, seq_len: int, numerics: Numerics) -> dict[str, float]:
@@ -201,12 +208,15 @@ def model_flops_per_token(model: ModelSpec, seq_len: int, numerics: Numerics) ->
 
     Formula: 3 * forward, with weight gradients only where weights are trained (LoRA: 2 * forward plus the adapters' own).
     """
-    counted = _whole(model_ops(model), seq_len, numerics)
-    weight = sum(n * c.backward_weight_flops for n, c in counted)
-    attention = sum(n * c.model_forward_flops for n, c in counted if c.op.kind == "attention")
+    return sum_model_flops(whole_model(model_ops(model), seq_len, numerics), seq_len)
+
+
+def sum_model_flops(counted: list[tuple[str, float, OpCost]], seq_len: int) -> dict[str, float]:
+    """`model_flops_per_token` of the ops of `whole_model`, or of some of them."""
+    weight = sum(n * c.backward_weight_flops for _, n, c in counted)
     totals = {}
     for convention, key in (("full", "model_forward_flops"), ("causal", "causal_forward_flops")):
-        forward = sum(n * getattr(c, key) for n, c in counted)
-        own_attention = attention if convention == "full" else sum(n * c.causal_forward_flops for n, c in counted if c.op.kind == "attention")
-        totals[convention] = float((2 * forward + own_attention + weight) / seq_len)
+        forward = sum(n * getattr(c, key) for _, n, c in counted)
+        attention = sum(n * getattr(c, key) for _, n, c in counted if c.op.kind == "attention")
+        totals[convention] = float((2 * forward + attention + weight) / seq_len)
     return totals

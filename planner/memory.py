@@ -10,10 +10,14 @@ import numpy as np
 from planner.efficiency import StackSpec
 from planner.graph import Part, StepGraph, over_stages, part_runs
 from planner.hardware import Cluster
+from planner.ops import OpCost
 from planner.optimizers import get_optimizer
 from planner.schedules import SCHEDULES
 
-__all__ = ["MemoryBreakdown", "estimate_memory"]
+__all__ = [
+    "MemoryBreakdown", "StateFormat", "estimate_memory", "gathered_bytes_per_param", "gathered_params", "kept_bytes",
+    "state_format", "trained_params", "transient_bytes", "zero_degrees",
+]  # fmt: skip
 
 Array = Any
 
@@ -105,34 +109,62 @@ def trained_params(part: Part, is_expert: bool, is_split_from_embedding: bool) -
     return matrix, other
 
 
-def _states(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array, Array]:
-    """Weights, gradients and optimizer states per stage, [..., pp]."""
-    layout, precision = graph.layout, graph.precision
-    optimizer = get_optimizer(graph.workload.optimizer)
-    zero = np.asarray(layout.zero_stage)
+@dataclass(frozen=True)
+class StateFormat:
+    """Bytes per trained parameter of what lasts from step to step, before ZeRO divides it; numbers or arrays [n]."""
+
+    stored: float
+    """The weight itself."""
+    cast_copy: Array
+    """A copy of it in compute format that is not sharded."""
+    quantized_copy: Array
+    """Low-precision copies of a matrix."""
+    gradient: float
+    master: float
+    """A separate fp32 weight, with the optimizer."""
+
+
+def state_format(graph: StepGraph, stack: StackSpec) -> StateFormat:
+    """Formats of weights, gradients and master copies under a stack and a precision."""
+    precision, zero = graph.precision, np.asarray(graph.layout.zero_stage)
     is_mixed = precision.needs_master_weights
     in_place = stack.weight_storage == "fp32_in_place"
-    stored = 4.0 if in_place or not is_mixed else precision.compute_bytes
-    master = 4.0 if is_mixed and not in_place else 0.0
-    gradient = 4.0 if not is_mixed or in_place else stack.gradient_bytes
-    # Without ZeRO-3 an in-place stack keeps a cast copy of all weights through the step.
-    cast_copy = np.where(zero < 3, precision.compute_bytes, 0.0) if in_place and is_mixed else 0.0
-    by_weights, by_gradients, by_states = (
-        [np.where(zero >= stage, degree, 1) for degree in (graph.fsdp_degree, graph.expert_fsdp_degree)] for stage in (3, 2, 1)
+    return StateFormat(
+        stored=4.0 if in_place or not is_mixed else precision.compute_bytes,
+        # Without ZeRO-3 an in-place stack keeps a cast copy of all weights through the step.
+        cast_copy=np.where(zero < 3, precision.compute_bytes, 0.0) if in_place and is_mixed else 0.0,
+        quantized_copy=precision.quantized_weight_bytes * np.where(zero >= 3, 0.0, 1.0),
+        gradient=4.0 if not is_mixed or in_place else stack.gradient_bytes,
+        master=4.0 if is_mixed and not in_place else 0.0,
     )
+
+
+def zero_degrees(graph: StepGraph, is_expert: bool) -> tuple[Array, Array, Array]:
+    """Ranks over which ZeRO divides (weights, gradients, optimizer states)."""
+    zero, degree = np.asarray(graph.layout.zero_stage), graph.expert_fsdp_degree if is_expert else graph.fsdp_degree
+    by_weights, by_gradients, by_states = (np.where(zero >= stage, degree, 1) for stage in (3, 2, 1))
+    return by_weights, by_gradients, by_states
+
+
+def _states(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array, Array]:
+    """Weights, gradients and optimizer states per stage, [..., pp]."""
+    layout, precision, kept = graph.layout, graph.precision, state_format(graph, stack)
+    optimizer = get_optimizer(graph.workload.optimizer)
+    degrees = {is_expert: zero_degrees(graph, is_expert) for is_expert in (False, True)}
     weights, gradients, states = [], [], []
     for part, is_expert in ((part, is_expert) for part in graph.parts for is_expert in (False, True)):
         matrix, other = trained_params(part, is_expert, layout.pp > 1)
         frozen = part.param_total("frozen_params", is_expert=is_expert)
         factored = part.param_total("factored_elements", is_expert=is_expert)
         trained = matrix + other
-        weight_bytes = (trained * stored + frozen * precision.compute_bytes) / by_weights[is_expert] + trained * cast_copy
-        weight_bytes = weight_bytes + matrix * precision.quantized_weight_bytes * np.where(zero >= 3, 0.0, 1.0)
-        state_bytes = trained * master + other * optimizer.other_state_bytes
+        by_weights, by_gradients, by_states = degrees[is_expert]
+        weight_bytes = (trained * kept.stored + frozen * precision.compute_bytes) / by_weights + trained * kept.cast_copy
+        weight_bytes = weight_bytes + matrix * kept.quantized_copy
+        state_bytes = trained * kept.master + other * optimizer.other_state_bytes
         state_bytes = state_bytes + (4.0 * factored if optimizer.is_factored else matrix * optimizer.matrix_state_bytes)
         weights.append(weight_bytes)
-        gradients.append(trained * gradient / by_gradients[is_expert])
-        states.append(state_bytes / by_states[is_expert])
+        gradients.append(trained * kept.gradient / by_gradients)
+        states.append(state_bytes / by_states)
     runs = np.repeat(part_runs(graph), 2, axis=0)
     return over_stages(weights, runs), over_stages(gradients, runs), over_stages(states, runs)
 
@@ -175,32 +207,40 @@ def _largest(graph: StepGraph, quantity: Any) -> Array:
     return largest[..., stages.ravel()]
 
 
-def _gathered(graph: StepGraph, stack: StackSpec) -> Array:
+def gathered_bytes_per_param(graph: StepGraph, stack: StackSpec) -> Array:
     """ZeRO-3 holds two gathered parts in compute format (one in use, one prefetched) and one part's full gradients."""
     precision = graph.precision
-
-    def full(part: Part) -> Array:
-        return part.total("params") + (part.total("tied_params") if graph.layout.pp > 1 else 0.0)
-
     per_param = 2 * (precision.compute_bytes + precision.quantized_weight_bytes) + precision.compute_bytes + stack.reduce_bytes
     is_sharded = (np.asarray(graph.layout.zero_stage) == 3) & (np.asarray(graph.fsdp_degree) > 1)
-    return _largest(graph, lambda part: full(part) * per_param) * _stage_axis(is_sharded)
+    return np.where(is_sharded, per_param, 0.0)
+
+
+def gathered_params(part: Part, graph: StepGraph) -> Array:
+    """Parameters of one part in full; a parted tied head has its copy."""
+    return part.total("params") + (part.total("tied_params") if graph.layout.pp > 1 else 0.0)
+
+
+def _gathered(graph: StepGraph, stack: StackSpec) -> Array:
+    per_param = gathered_bytes_per_param(graph, stack)
+    return _largest(graph, lambda part: gathered_params(part, graph) * per_param)
+
+
+def transient_bytes(cost: OpCost, graph: StepGraph) -> Array:
+    """One op's workspace plus the gradients of its input and output; those of the head are counted with the loss."""
+    if cost.gemm is None or cost.op.name == "head":
+        return cost.workspace_bytes
+    m, n, k = cost.gemm
+    num_local = getattr(cost.op, "num_experts", 1) / (graph.shard.ep if cost.op.is_expert else 1)
+    return cost.workspace_bytes + m * num_local * (n + k) * graph.numerics.compute_bytes
 
 
 def _temporaries(graph: StepGraph) -> Array:
-    """Largest op's workspace plus the gradients of its input and output."""
+    """What the op that needs most holds while it runs."""
 
-    def transient(part: Part) -> Array:
-        worst: Array = 0.0
+    def worst(part: Part) -> Array:
+        found: Array = 0.0
         for cost in part.costs:
-            held = cost.workspace_bytes
-            if cost.gemm is not None and cost.op.name != "head":
-                m, n, k = cost.gemm
-                held = (
-                    held
-                    + m * getattr(cost.op, "num_experts", 1) / (graph.shard.ep if cost.op.is_expert else 1) * (n + k) * graph.numerics.compute_bytes
-                )
-            worst = np.maximum(worst, held)
-        return worst
+            found = np.maximum(found, transient_bytes(cost, graph))
+        return found
 
-    return _largest(graph, transient)
+    return _largest(graph, worst)

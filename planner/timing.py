@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from planner.collectives import Group, collective_s, make_group
-from planner.efficiency import Efficiency
+from planner.efficiency import Efficiency, StackSpec
 from planner.graph import Part, StepGraph, over_stages, part_runs
 from planner.hardware import Cluster
 from planner.memory import trained_params
@@ -16,7 +16,11 @@ from planner.ops import OpCost, Transfer
 from planner.optimizers import get_optimizer
 from planner.schedules import SCHEDULES
 
-__all__ = ["AxisGroups", "TimeBreakdown", "estimate_time"]
+__all__ = [
+    "AxisGroups", "GroupTransfer", "PartTimes", "TimeBreakdown", "data_parallel_s", "data_parallel_transfers",
+    "estimate_time", "exposed_data_parallel", "exposed_fsdp", "fsdp_transfers", "make_axis_groups", "optimizer_bytes",
+    "part_times", "repeated_ops", "worked_runs",
+]  # fmt: skip
 
 Array = Any
 
@@ -41,7 +45,11 @@ class TimeBreakdown:
     optimizer: Array
     stage_forward_s: Array
     """Per microbatch and stage, [..., pp], communication included."""
-    stage_backward_s: Array
+    stage_backward_input_s: Array
+    """Recompute included."""
+    stage_backward_weight_s: Array
+    transfer_s: Array
+    """Exposed part of one activation's way to the next stage."""
     slowest_stage: Array
 
     KINDS = ("matmul", "grouped_matmul", "attention", "memory", "recompute", "tensor_parallel", "context_parallel", "expert_parallel", "fsdp")
@@ -50,6 +58,11 @@ class TimeBreakdown:
         "matmul", "grouped_matmul", "attention", "memory_bound", "recompute", "tensor_parallel", "context_parallel",
         "expert_parallel", "fsdp", "pipeline_transfer_and_bubble", "data_parallel", "optimizer",
     )  # fmt: skip
+
+    @property
+    def stage_backward_s(self) -> Array:
+        """Whole backward pass per microbatch and stage, [..., pp]."""
+        return self.stage_backward_input_s + self.stage_backward_weight_s
 
     @property
     def step_s(self) -> Array:
@@ -92,7 +105,7 @@ def make_axis_groups(graph: StepGraph, cluster: Cluster) -> AxisGroups:
 
 
 @dataclass(frozen=True)
-class _PartTimes:
+class PartTimes:
     """Seconds of one run of a part, by kind and direction; numbers or arrays [n]."""
 
     forward: dict[str, Array]
@@ -120,20 +133,18 @@ def _exposed(
     }
 
 
-def _part_times(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency) -> _PartTimes:
+def part_times(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency) -> PartTimes:
+    """Seconds of one run of a part, without data parallelism."""
     forward: dict[str, Array] = {}
     backward: dict[str, Array] = {}
     weight: dict[str, Array] = {}
     again: Array = 0.0
     is_flash = graph.numerics.attention_kernel == "flash"
-    recompute = graph.workload.recompute
-    dropped = efficiency.stack.selective_recompute if recompute == "selective" else []
 
     def add(table: dict[str, Array], kind: str, seconds: Array) -> None:
         table[kind] = table.get(kind, 0.0) + seconds
 
-    repeated = _num_repeated(part, efficiency.stack.recompute_stops_early)
-    for position, cost in enumerate(part.costs):
+    for cost, is_repeated in zip(part.costs, repeated_ops(graph, part, efficiency.stack), strict=True):
         kind = cost.op.kind
         if kind != "collective":
             own_forward = efficiency.forward_s(cost, graph.seq_len, is_flash)
@@ -148,15 +159,33 @@ def _part_times(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Clust
         for axis in going:
             add(forward, axis, going[axis])
             add(backward, axis, coming[axis])
-        if part.is_block and ((recompute == "full" and position < repeated) or _is_recomputed(cost, dropped)):
+        if is_repeated:
             again = again + own_forward + sum(going.values())
-    return _PartTimes(forward, backward, weight, again)
+    return PartTimes(forward, backward, weight, again)
 
 
-def _num_repeated(part: Part, stops_early: bool) -> int:
-    """How many ops of a block full recompute runs again: all, or those before the last one that keeps its input."""
+def repeated_ops(graph: StepGraph, part: Part, stack: StackSpec) -> list[bool]:
+    """Which ops of a part run their forward pass again in the backward pass.
+
+    Full recompute: all of a block's, or those before the last one that keeps its input. Selective: those that make what
+    was dropped.
+    """
+    recompute = graph.workload.recompute
+    if recompute == "none" or not part.is_block:
+        return [False] * len(part.costs)
+    if recompute == "selective":
+        return [_is_recomputed(cost, stack.selective_recompute) for cost in part.costs]
     last = max((i for i, cost in enumerate(part.costs) if cost.saved), default=len(part.costs))
-    return last if stops_early else len(part.costs)
+    return [i < last or not stack.recompute_stops_early for i in range(len(part.costs))]
+
+
+def worked_runs(graph: StepGraph) -> Array:
+    """How often a device runs each part per microbatch, [parts, pp].
+
+    DualPipe's devices share two slices of the model between them; elsewhere a device works on its own.
+    """
+    schedule = SCHEDULES[graph.layout.schedule]
+    return schedule.resident(part_runs(graph)) / schedule.parameter_copies
 
 
 def _is_recomputed(cost: OpCost, dropped: list[Any]) -> bool:
@@ -167,17 +196,36 @@ def _is_recomputed(cost: OpCost, dropped: list[Any]) -> bool:
     return made in dropped and not (made == "scores" and "scores" not in cost.saved)
 
 
-def _fsdp_s(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluster, reduce_bytes: float) -> tuple[Array, Array]:
-    """(gather of weights, reduce-scatter of gradients) of one part, in full, without overlap."""
-    gather: Array = 0.0
-    scatter: Array = 0.0
-    for is_expert, group in ((False, groups.fsdp), (True, groups.expert_fsdp)):
-        matrix, other = trained_params(part, is_expert, graph.layout.pp > 1)
-        held = matrix + other + part.param_total("frozen_params", is_expert=is_expert)
-        wire = graph.precision.saved_matmul_bytes if graph.precision.is_quantized else graph.precision.compute_bytes
-        gather = gather + collective_s("all_gather", held * wire, group, cluster)
-        scatter = scatter + collective_s("reduce_scatter", (matrix + other) * reduce_bytes, group, cluster)
-    return gather, scatter
+@dataclass(frozen=True)
+class GroupTransfer:
+    """One collective over a data-parallel group, with the full buffer's bytes per device."""
+
+    collective: str
+    num_bytes: Array
+    group: Group
+    axis: str
+    """Field of `AxisGroups`."""
+
+    def seconds(self, cluster: Cluster) -> Array:
+        """In full, without overlap."""
+        return collective_s(self.collective, self.num_bytes, self.group, cluster)
+
+
+def fsdp_transfers(graph: StepGraph, part: Part, groups: AxisGroups, efficiency: Efficiency) -> tuple[list[GroupTransfer], list[GroupTransfer]]:
+    """(gathers of weights, in each direction; reduce-scatters of gradients) of one run of a part.
+
+    ZeRO-3 gathers in both directions and scatters gradients per microbatch; ZeRO-2 only scatters.
+    """
+    zero, wire = np.asarray(graph.layout.zero_stage), graph.precision.compute_bytes
+    wire = graph.precision.saved_matmul_bytes if graph.precision.is_quantized else wire
+    gathers, scatters = [], []
+    for is_expert, axis in ((False, "fsdp"), (True, "expert_fsdp")):
+        group = getattr(groups, axis)
+        trained = sum(trained_params(part, is_expert, graph.layout.pp > 1))
+        held = trained + part.param_total("frozen_params", is_expert=is_expert)
+        gathers.append(GroupTransfer("all_gather", np.where(zero == 3, held * wire, 0.0), group, axis))
+        scatters.append(GroupTransfer("reduce_scatter", np.where(zero >= 2, trained * _reduce_bytes(graph, efficiency), 0.0), group, axis))
+    return gathers, scatters
 
 
 def estimate_time(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) -> TimeBreakdown:
@@ -193,8 +241,8 @@ def estimate_time(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) ->
     kinds: dict[str, list[Array]] = {}
     forward_parts, backward_parts, weight_parts = [], [], []
     for part in graph.parts:
-        times = _part_times(graph, part, groups, cluster, efficiency)
-        gather, scatter = _exposed_fsdp(graph, part, times, groups, cluster, efficiency)
+        times = part_times(graph, part, groups, cluster, efficiency)
+        gather, scatter = exposed_fsdp(graph, part, times, groups, cluster, efficiency)
         forward_parts.append(sum(times.forward.values()) + gather)
         backward_parts.append(sum(times.backward_input.values()) + times.recompute + scatter)
         weight_parts.append(sum(times.backward_weight.values(), 0.0))
@@ -203,40 +251,37 @@ def estimate_time(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) ->
             kinds.setdefault(kind, []).append(own + {"recompute": times.recompute, "fsdp": gather + scatter}.get(kind, 0.0))
 
     forward, backward, weight = (over_stages(parts, runs) for parts in (forward_parts, backward_parts, weight_parts))
-    # DualPipe's devices share two slices of the model between them; elsewhere a device works on its own.
-    worked_runs = schedule.resident(runs) / schedule.parameter_copies
+    worked = worked_runs(graph)
     busy = schedule.resident(forward + backward + weight) / schedule.parameter_copies
     slowest = np.argmax(busy, axis=-1)
     transfer_s = _pipeline_transfer_s(graph, groups, cluster) * (1 - efficiency.stack.overlap.pipeline.value)
     # A difference of two equal sums: what rounding leaves of it may be negative.
     bubble = np.maximum(schedule.bubble_s(forward, backward, weight, transfer_s, layout.pp, layout.num_virtual_stages, m), 0.0)
-    on_slowest = {kind: sum(seconds * worked_runs[i][slowest] for i, seconds in enumerate(parts)) * m for kind, parts in kinds.items()}
+    on_slowest = {kind: sum(seconds * worked[i][slowest] for i, seconds in enumerate(parts)) * m for kind, parts in kinds.items()}
     on_slowest["memory_bound"] = on_slowest.pop("memory")
     return TimeBreakdown(
         **on_slowest,
         pipeline_transfer_and_bubble=bubble,
-        data_parallel=_exposed_data_parallel(graph, groups, cluster, efficiency, backward + weight, forward),
-        optimizer=_optimizer_s(graph, efficiency),
+        data_parallel=np.max(exposed_data_parallel(graph, groups, cluster, efficiency, backward + weight, forward), axis=-1),
+        optimizer=efficiency.memory_s(np.max(optimizer_bytes(graph), axis=-1), 0),
         stage_forward_s=forward,
-        stage_backward_s=backward + weight,
+        stage_backward_input_s=backward,
+        stage_backward_weight_s=weight,
+        transfer_s=transfer_s,
         slowest_stage=slowest,
     )
 
 
-def _exposed_fsdp(
-    graph: StepGraph, part: Part, times: _PartTimes, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency
+def exposed_fsdp(
+    graph: StepGraph, part: Part, times: PartTimes, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency
 ) -> tuple[Array, Array]:
-    """FSDP's communication per run of a part that its compute does not hide: (forward, backward).
-
-    ZeRO-3 gathers in both directions and scatters gradients per microbatch; ZeRO-2 only scatters.
-    """
-    zero, overlap = np.asarray(graph.layout.zero_stage), efficiency.stack.overlap.fsdp.value
-    gather, scatter = _fsdp_s(graph, part, groups, cluster, _reduce_bytes(graph, efficiency))
+    """FSDP's communication per run of a part that its compute does not hide: (forward, backward)."""
+    overlap = efficiency.stack.overlap.fsdp.value
+    gather, scatter = (sum(t.seconds(cluster) for t in transfers) for transfers in fsdp_transfers(graph, part, groups, efficiency))
     compute_forward = sum(times.forward.values()) * overlap
     compute_backward = (sum(times.backward_input.values()) + sum(times.backward_weight.values()) + times.recompute) * overlap
-    gathers = np.where(zero == 3, gather, 0.0)
-    returns = gathers + np.where(zero >= 2, scatter, 0.0)
-    return np.maximum(gathers - compute_forward, gathers * (1 - overlap)), np.maximum(returns - compute_backward, returns * (1 - overlap))
+    returns = gather + scatter
+    return np.maximum(gather - compute_forward, gather * (1 - overlap)), np.maximum(returns - compute_backward, returns * (1 - overlap))
 
 
 def _reduce_bytes(graph: StepGraph, efficiency: Efficiency) -> float:
@@ -249,38 +294,51 @@ def _pipeline_transfer_s(graph: StepGraph, groups: AxisGroups, cluster: Cluster)
     return collective_s("p2p", message, groups.pp, cluster)
 
 
-def _exposed_data_parallel(
-    graph: StepGraph, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency, backward_s: Array, forward_s: Array
-) -> Array:
-    """Once per step: gradients of what was not scattered already, replicas' sums, and ZeRO-1/2's gather of new weights.
+def data_parallel_transfers(
+    graph: StepGraph, part: Part, groups: AxisGroups, efficiency: Efficiency
+) -> tuple[list[GroupTransfer], list[GroupTransfer]]:
+    """Once per step and run of a part: (sums of gradients, gathers of new weights).
 
-    Gradients hide behind the backward pass of the last microbatch, gathers behind the forward pass of the first.
+    Gradients that were not scattered per microbatch (ZeRO-1), sums over replicas, and the gather of ZeRO-1 and 2.
     """
     zero, wire = np.asarray(graph.layout.zero_stage), _reduce_bytes(graph, efficiency)
     reduces, gathers = [], []
-    for part in graph.parts:
-        reduce_s: Array = 0.0
-        gather_s: Array = 0.0
-        for is_expert, group, replicas in ((False, groups.fsdp, groups.dp_replicate), (True, groups.expert_fsdp, groups.expert_replicate)):
-            trained = sum(trained_params(part, is_expert, graph.layout.pp > 1))
-            shards = group.size
-            scatter = np.where(zero == 1, collective_s("reduce_scatter", trained * wire, group, cluster), 0.0)
-            across = collective_s("all_reduce", trained * wire / np.where(zero >= 1, shards, 1), replicas, cluster)
-            gather = np.where((zero == 1) | (zero == 2), collective_s("all_gather", trained * graph.precision.compute_bytes, group, cluster), 0.0)
-            reduce_s = reduce_s + scatter + across
-            gather_s = gather_s + gather
-        reduces.append(reduce_s)
-        gathers.append(gather_s)
-    reduce_s, gather_s = (over_stages(parts, part_runs(graph)) for parts in (reduces, gathers))
+    for is_expert, axis, across in ((False, "fsdp", "dp_replicate"), (True, "expert_fsdp", "expert_replicate")):
+        group, replicas = getattr(groups, axis), getattr(groups, across)
+        trained = sum(trained_params(part, is_expert, graph.layout.pp > 1))
+        reduces.append(GroupTransfer("reduce_scatter", np.where(zero == 1, trained * wire, 0.0), group, axis))
+        reduces.append(GroupTransfer("all_reduce", trained * wire / np.where(zero >= 1, group.size, 1), replicas, across))
+        new_weights = np.where((zero == 1) | (zero == 2), trained * graph.precision.compute_bytes, 0.0)
+        gathers.append(GroupTransfer("all_gather", new_weights, group, axis))
+    return reduces, gathers
+
+
+def data_parallel_s(graph: StepGraph, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency) -> tuple[Array, Array]:
+    """(sums of gradients, gathers of new weights) per stage in full, [..., pp]."""
+    parts = [data_parallel_transfers(graph, part, groups, efficiency) for part in graph.parts]
+    reduce_s, gather_s = (over_stages([sum(t.seconds(cluster) for t in both[i]) for both in parts], part_runs(graph)) for i in (0, 1))
+    return reduce_s, gather_s
+
+
+def exposed_data_parallel(
+    graph: StepGraph, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency, backward_s: Array, forward_s: Array
+) -> Array:
+    """What of `data_parallel_s` nothing hides, [..., pp].
+
+    Gradients hide behind the backward pass of the last microbatch, gathers behind the forward pass of the first.
+    """
+    reduce_s, gather_s = data_parallel_s(graph, groups, cluster, efficiency)
     overlap = efficiency.stack.overlap.data_parallel.value
-    exposed = np.maximum(reduce_s - overlap * backward_s, reduce_s * (1 - overlap)) + np.maximum(
+    return np.maximum(reduce_s - overlap * backward_s, reduce_s * (1 - overlap)) + np.maximum(
         gather_s - overlap * forward_s, gather_s * (1 - overlap)
     )
-    return np.max(exposed, axis=-1)
 
 
-def _optimizer_s(graph: StepGraph, efficiency: Efficiency) -> Array:
-    """Reads gradients twice (norm, update), reads and writes masters and states, writes compute weights."""
+def optimizer_bytes(graph: StepGraph) -> Array:
+    """Bytes the optimizer moves per stage, [..., pp].
+
+    Reads gradients twice (norm, update), reads and writes masters and states, writes compute weights.
+    """
     optimizer, zero = get_optimizer(graph.workload.optimizer), np.asarray(graph.layout.zero_stage)
     moved = []
     for part in graph.parts:
@@ -291,4 +349,4 @@ def _optimizer_s(graph: StepGraph, efficiency: Efficiency) -> Array:
             num_bytes = (matrix + other) * (2 * 4.0 + 2 * 4.0 + graph.precision.compute_bytes) + 2 * states
             held = held + num_bytes / np.where(zero >= 1, degree, 1)
         moved.append(held)
-    return efficiency.memory_s(np.max(over_stages(moved, part_runs(graph)), axis=-1), 0)
+    return over_stages(moved, part_runs(graph))
