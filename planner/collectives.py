@@ -19,6 +19,14 @@ __all__ = ["Group", "Pace", "collective_s", "make_group", "pace"]
 Array = Any
 BASE_LATENCY_S = 8e-6
 """Launch and synchronisation of one collective; NVIDIA/nccl src/graph/tuning.cc @5067397: 6.6 to 14 us by protocol."""
+LONG_STEP_FACTOR = 3.3
+"""Step latency of long messages (protocol Simple) over that of short ones (LL128, in the catalog).
+
+NVIDIA/nccl src/graph/tuning.cc @5067397: 14 over 4 us on the network, 3.4 over 1.9 on NVLink; 8 x H200 all-reduce of 16 MiB to
+1 GiB, stas00/ml-engineering network/README.md @744d01e: 60 us over 14 steps more than short ones.
+"""
+LONG_MESSAGE_BYTES = 8.0 * 2**20
+"""Where half of that is reached; same measurement."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +48,40 @@ def make_group(size: Array, stride: Array, cluster: Cluster) -> Group:
     return Group(size, in_domain, np.ceil(size / in_domain))
 
 
-def _scale_up_bytes_per_s(group: Group, cluster: Cluster, collective: str) -> Array:
-    """Bus bandwidth inside a domain."""
-    link, ranks = cluster.scale_up, group.per_domain
+def _ring_bytes_per_s(ranks: Array, cluster: Cluster) -> Array:
+    """Bus bandwidth of a ring over `ranks` of one domain."""
+    link = cluster.scale_up
     full = link.bandwidth_bytes_per_s * link.ring_efficiency_fraction
     if link.kind == "torus":
-        side = link.torus_shape[0] if link.torus_shape else 16
-        axes = np.clip(np.ceil(np.log2(np.maximum(ranks, 2)) / np.log2(side) - 1e-9), 1, link.torus_axes)
-        along = np.where(ranks <= side, ranks, side)
-        wraps = np.where(along >= link.wraparound_min_axis, 1.0, 0.5)
+        axes, along = _torus_axes(ranks, cluster)
+        has_cube = link.domain_size >= link.wraparound_min_axis**link.torus_axes
+        wraps = np.where((along >= link.wraparound_min_axis) & has_cube, 1.0, 0.5)
         return full * axes / link.torus_axes * wraps
-    if link.kind == "mesh":
-        return link.peer_bandwidth_bytes_per_s * link.ring_efficiency_fraction * np.maximum(ranks - 1, 1)
-    if collective == "all_reduce" and link.allreduce_efficiency_fraction is not None:
-        reduced_in_switch = link.bandwidth_bytes_per_s * link.allreduce_efficiency_fraction
-        return np.where(ranks >= (link.allreduce_min_group or 2), np.maximum(reduced_in_switch, full), full)
+    if link.kind == "mesh":  # a group uses the links between its own members only
+        return np.minimum(full, link.peer_bandwidth_bytes_per_s * link.ring_efficiency_fraction * np.maximum(ranks - 1, 1))
+    if link.bridge_size is not None and link.bridge_bandwidth_bytes_per_s is not None:
+        return np.where(ranks <= link.bridge_size, link.bridge_bandwidth_bytes_per_s * link.ring_efficiency_fraction, full)
     return full
+
+
+def _torus_axes(ranks: Array, cluster: Cluster) -> tuple[Array, Array]:
+    """How many axes of the slice a group spans, and its length along each; slices are as near to cubes as powers of two allow."""
+    link = cluster.scale_up
+    side = min(link.torus_shape[0], 2.0 ** np.ceil(np.log2(max(link.domain_size, 2)) / link.torus_axes - 1e-9))
+    axes = np.clip(np.ceil(np.log2(np.maximum(ranks, 2)) / np.log2(side) - 1e-9), 1, link.torus_axes)
+    return axes, np.minimum(ranks, side)
+
+
+def _inside_pace(collective: str, group: Group, cluster: Cluster) -> tuple[Array, Array]:
+    """(traffic ratio, bytes per second) within a domain; where the switch adds, every device sends the buffer once."""
+    link, ranks = cluster.scale_up, group.per_domain
+    ratio = (2.0 if collective == "all_reduce" else 1.0) * (ranks - 1) / ranks
+    rate = _ring_bytes_per_s(ranks, cluster)
+    if collective != "all_reduce" or link.allreduce_efficiency_fraction is None or link.allreduce_min_group is None:
+        return ratio, rate
+    in_switch = link.bandwidth_bytes_per_s * link.allreduce_efficiency_fraction
+    adds = (ranks >= link.allreduce_min_group) & (1 / in_switch < ratio / rate)
+    return np.where(adds, 1.0, ratio), np.where(adds, in_switch, rate)
 
 
 def _scale_out_bytes_per_s(cluster: Cluster) -> float:
@@ -65,11 +91,20 @@ def _scale_out_bytes_per_s(cluster: Cluster) -> float:
     return cluster.scale_out.bandwidth_bytes_per_s * cluster.scale_out.ring_efficiency_fraction
 
 
-def _latency_s(group: Group, cluster: Cluster, num_rounds: float) -> Array:
-    """Ring steps: within the domain at the scale-up hop latency, between domains at the network's."""
-    between = cluster.scale_out.latency_s if cluster.scale_out is not None else 0.0
-    hops = (group.per_domain - 1) * cluster.scale_up.latency_s + (group.num_domains - 1) * between
-    return np.where(group.size > 1, BASE_LATENCY_S + num_rounds * hops, 0.0)
+def _latency_s(collective: str, num_bytes: Array, group: Group, cluster: Cluster) -> Array:
+    """Launch and steps: of a ring, or for all-reduce of a tree where that is shorter; long messages take slower steps."""
+    inside, between = cluster.scale_up.latency_s, cluster.scale_out.latency_s if cluster.scale_out is not None else 0.0
+    n, m, k = group.size, group.per_domain, group.num_domains
+    slower = 1 + (LONG_STEP_FACTOR - 1) * num_bytes / (num_bytes + LONG_MESSAGE_BYTES)
+    if cluster.scale_up.kind == "torus":  # rings run both ways round each axis at once, and the hardware has one protocol
+        axes, along = _torus_axes(m, cluster)
+        steps = np.where(m > 1, axes * along / 2 * inside, 0.0) + (k - 1) * between * slower
+    else:
+        steps = ((n - k) * inside + (k - 1) * between) * slower
+        if collective == "all_reduce":
+            steps = np.minimum(steps, ((m - 1) * inside + np.log2(np.maximum(k, 1)) * between) * slower)
+    rounds = 2.0 if collective == "all_reduce" else 1.0
+    return np.where(n > 1, BASE_LATENCY_S + rounds * steps, 0.0)
 
 
 @dataclass(frozen=True)
@@ -82,36 +117,40 @@ class Pace:
     latency_s: Array
 
 
-def pace(collective: str, group: Group, cluster: Cluster) -> Pace:
-    """What a collective costs per byte and per call.
+def pace(collective: str, num_bytes: Array, group: Group, cluster: Cluster) -> Pace:
+    """What a collective of this size costs per byte and per call.
 
-    Formula: traffic rounds * (n-1)/n over the bus bandwidth, rounds 2 for all-reduce and 1 otherwise. Across domains a
-    ring leaves each domain through the network cards of all its members, so bus bandwidth is the smaller of the
-    scale-up rate and members * network rate. All-to-all and ring passing move each byte once: the part that stays
-    inside the domain at the scale-up rate, the rest at the network rate, at the same time.
+    Formula: the slower of two parts, which are pipelined: within domains of m ranks, rounds * (m-1)/m of the buffer at the ring's
+    rate; between the k domains, rounds * (k-1)/k / m of it, as every device sends its m-th part through its own share of the
+    network; rounds is 2 for all-reduce and 1 otherwise. All-to-all and ring passing move each byte once: the part that stays inside
+    the domain at the scale-up rate, the rest at the network rate, at the same time. Left out: congestion, and NCCL's changes of
+    protocol. Against the measured all-reduces: within 10% from 1 GiB (two nodes: 14%); 16 to 256 MiB take up to 1.4 times as long
+    within a node (A100), 1.3 to 2.5 times across two to four nodes.
 
     Args:
         collective: all_gather, reduce_scatter, all_reduce, all_to_all, ring or p2p.
-    Source: NVIDIA/nccl-tests doc/PERFORMANCE.md @a0b82b2; NVIDIA/nccl src/graph/tuning.cc @5067397.
+        num_bytes: the full buffer; for p2p the message. Only the latency depends on it.
+        group: the ranks.
+        cluster: their links.
+
+    Source: NVIDIA/nccl-tests doc/PERFORMANCE.md @a0b82b2; NVIDIA/nccl src/graph/tuning.cc @5067397; measured tables in
+    stas00/ml-engineering network/README.md @744d01e and aws-samples/awsome-distributed-training @7217859.
     """
-    n = group.size
-    inside, outside = _scale_up_bytes_per_s(group, cluster, collective), _scale_out_bytes_per_s(cluster)
-    crosses = group.num_domains > 1
-    share = np.where(n > 1, (n - 1) / n, 0.0)
+    n, m, k = group.size, group.per_domain, group.num_domains
+    inside, outside = _ring_bytes_per_s(m, cluster), _scale_out_bytes_per_s(cluster)
+    latency = _latency_s(collective, num_bytes, group, cluster)
     if collective == "p2p":
         hop = cluster.scale_up.peer_bandwidth_bytes_per_s * cluster.scale_up.ring_efficiency_fraction
-        return Pace(1.0, np.where(crosses, outside, hop), _latency_s(group, cluster, 1))
-    if collective == "all_to_all":
-        stays = np.where(n > 1, (group.per_domain - 1) / n, 0.0)
-        leaves = np.where(n > 1, (n - group.per_domain) / n, 0.0)
-        is_inside = stays / inside >= leaves / outside
-        return Pace(np.where(is_inside, stays, leaves), np.where(is_inside, inside, outside), _latency_s(group, cluster, 1))
+        return Pace(1.0, np.where(k > 1, outside, hop), latency)
     if collective == "ring":
-        slowest = np.where(crosses, np.minimum(inside, outside), inside)
-        return Pace(share, slowest, _latency_s(group, cluster, 1))
-    rounds = 2.0 if collective == "all_reduce" else 1.0
-    bus = np.where(crosses, np.minimum(_scale_up_bytes_per_s(group, cluster, "ring"), group.per_domain * outside), inside)
-    return Pace(rounds * share, bus, _latency_s(group, cluster, rounds))
+        return Pace((n - 1) / n, np.where(k > 1, np.minimum(inside, outside), inside), latency)
+    if collective == "all_to_all":
+        stays, leaves = (m - 1) / n, (n - m) / n
+    else:
+        stays, inside = _inside_pace(collective, group, cluster)
+        leaves = (2.0 if collective == "all_reduce" else 1.0) * (k - 1) / k / m
+    is_inside = stays / inside >= leaves / outside
+    return Pace(np.where(is_inside, stays, leaves), np.where(is_inside, inside, outside), latency)
 
 
 def collective_s(collective: str, num_bytes: Array, group: Group, cluster: Cluster) -> Array:
@@ -120,7 +159,9 @@ def collective_s(collective: str, num_bytes: Array, group: Group, cluster: Clust
     Args:
         collective: see `pace`.
         num_bytes: the full buffer; for p2p the message.
+        group: the ranks.
+        cluster: their links.
     """
-    found = pace(collective, group, cluster)
+    found = pace(collective, num_bytes, group, cluster)
     seconds = num_bytes * found.traffic_ratio / found.bytes_per_s + found.latency_s
     return np.where((group.size > 1) & (np.asarray(num_bytes) > 0), seconds, 0.0)

@@ -52,8 +52,8 @@ class Link(Spec):
     """Shorter axes have no wrap-around link, so rings take twice as long."""
     ring_efficiency_fraction: float = Field(gt=0, le=1)
     """Bus bandwidth of large ring collectives over `bandwidth_bytes_per_s`."""
-    allreduce_efficiency_fraction: float | None = Field(default=None, gt=0, le=2)
-    """The same for all-reduce where the switch adds (NVLink SHARP); may exceed 1."""
+    allreduce_efficiency_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Bytes of the buffer reduced per second over `bandwidth_bytes_per_s`, where the switch adds (NVLink SHARP)."""
     allreduce_min_group: PositiveInt | None = None
     """Ranks from which the switch adds."""
     latency_s: Seconds = Field(alias="latency")
