@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 
 from planner.spec import PositiveInt, Spec, ZeroStage
-from planner.units import format_count
 
 __all__ = ["Layout", "LayoutArrays", "PartialLayout", "describe_layout"]
 
@@ -108,9 +107,7 @@ class LayoutArrays:
 
 def describe_layout(layout: Layout) -> str:
     """One line: the degrees that differ from 1, then ZeRO and the micro-batch."""
-    degrees = [
-        f"{name}{format_count(getattr(layout, name))}" for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep") if getattr(layout, name) > 1
-    ]
+    degrees = [f"{name}{getattr(layout, name)}" for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep") if getattr(layout, name) > 1]
     extra = [f"zero{layout.zero_stage}", f"micro-batch {layout.micro_batch_size}"]
     if layout.sequence_parallel:
         extra.insert(0, "sp")
