@@ -1,0 +1,64 @@
+"""Every preset: sourced, dated, loads, and counts what was published."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from planner.architectures import load_model, preset_names, preset_record
+from planner.graph import count_params
+from planner.units import parse_count
+
+NAMED_IN_THE_ISSUE = {
+    "gpt2", "bert-base", "bert-large", "gpt3-175b", "palm-8b", "palm-62b", "palm-540b", "llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b",
+    "mixtral-8x7b", "deepseek-v3", "qwen3-30b-a3b", "qwen3-235b-a22b",
+}  # fmt: skip
+FAR_FROM_THE_NAME = {
+    "llama-2-7b": "6.74B is called 7B",
+    "megatron-1.7b": "table 1 prints 1.7 for 1.65",
+    "megatron-3.6b": "equation 2 of the paper rounds",
+    "mpt-3b": "2.65B is called 2.7B",
+    "falcon-40b": "41.3B is called 40B",
+    "t5-large": "737M is called 770M",
+    "t5-11b": "11.3B is called 11B",
+    "bert-base": "published with the pooler and without the head",
+    "bert-large": "published with the pooler and without the head",
+    "gpt3-13b": "12.85B is called 13.0B: the paper's width of 5140 is not divisible by 40 heads, 5120 is meant",
+}
+"""Presets whose published figure is a rounded name; still within 5%."""
+
+
+def test_there_are_at_least_40_and_the_named_ones() -> None:
+    assert len(preset_names()) >= 40
+    assert set(preset_names()) >= NAMED_IN_THE_ISSUE
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_count_is_the_published_one(name: str) -> None:
+    record = preset_record(name)
+    total = count_params(load_model(name))["total"]
+    assert total == record["params"], "the exact count stored beside the published one"
+    assert total == pytest.approx(parse_count(record["published_params"]), rel=0.05 if name in FAR_FROM_THE_NAME else 0.02)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_preset_is_sourced_dated_and_named_after_its_size(name: str) -> None:
+    record = preset_record(name)
+    assert set(record) == {"published_params", "params", "source", "date", "config"}
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", record["date"])
+    assert len(record["source"]) > 8
+    assert re.fullmatch(r"[a-z0-9.-]+", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "active"), [("mixtral-8x7b", 12.9e9), ("qwen3-30b-a3b", 3.3e9), ("qwen3-235b-a22b", 22e9), ("deepseek-v2", 21e9), ("deepseek-v3", 37e9)]
+)
+def test_active_parameters_are_the_published_ones(name: str, active: float) -> None:
+    assert count_params(load_model(name))["active"] == pytest.approx(active, rel=0.04)
+
+
+def test_gpt_oss_counts_active_parameters_without_the_head() -> None:
+    """arXiv:2508.10925 table 1: 5.13B active, output projection counted, input embedding not."""
+    counts = count_params(load_model("gpt-oss-120b"))
+    assert counts["active"] - counts["embedding"] / 2 == pytest.approx(5.13e9, rel=0.01)
