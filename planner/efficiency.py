@@ -279,5 +279,4 @@ class Efficiency:
         if not self.precision.is_quantized or cost.gemm is None:
             return 0.0
         m, _, k = cost.gemm
-        groups = getattr(cost.op, "num_experts", 1)
-        return self.memory_s(m * k * groups * (self.precision.compute_bytes + self.precision.saved_matmul_bytes), 1)
+        return self.memory_s(m * k * cost.num_gemms * (self.precision.compute_bytes + self.precision.saved_matmul_bytes), 1)

@@ -230,8 +230,7 @@ def transient_bytes(cost: OpCost, graph: StepGraph) -> Array:
     if cost.gemm is None or cost.op.name == "head":
         return cost.workspace_bytes
     m, n, k = cost.gemm
-    num_local = getattr(cost.op, "num_experts", 1) / (graph.shard.ep if cost.op.is_expert else 1)
-    return cost.workspace_bytes + m * num_local * (n + k) * graph.numerics.compute_bytes
+    return cost.workspace_bytes + m * cost.num_gemms * (n + k) * graph.numerics.compute_bytes
 
 
 def _temporaries(graph: StepGraph) -> Array:

@@ -127,6 +127,8 @@ class OpCost:
     """Alive only while the op runs."""
     gemm: tuple[Array, Array, Array] | None = None
     """(m, n, k) of the forward matmul."""
+    num_gemms: Array = 1
+    """How many such matmuls run as one kernel: the experts of this device."""
     num_kernels: float = 1
     transfers: tuple[Transfer, ...] = ()
 
@@ -287,6 +289,7 @@ class GroupedLinear:
             backward_bytes=b * (2 * rows * outer + 2 * weight + 2 * rows * inner),
             saved=saved,
             gemm=(rows / num_local, outer, inner),
+            num_gemms=num_local,
         )
 
 
