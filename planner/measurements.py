@@ -220,7 +220,7 @@ def _experts(row: Measurement, model_type: str, width: int) -> dict[str, Any]:
         return {
             "n_routed_experts": experts, "num_experts_per_tok": per_token, "moe_intermediate_size": inner, "n_shared_experts": shared // inner,
             "first_k_dense_replace": dense, "q_lora_rank": row.count("q_lora_rank", 0), "kv_lora_rank": row.count("kv_lora_rank"),
-            "qk_nope_head_dim": row.count("qk_nope_head_dim"), "qk_rope_head_dim": row.count("qk_rope_head_dim"), "v_head_dim": row.count("v_head_dim"),
+            **{name: row.count(name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
         }  # fmt: skip
     mixture: dict[str, Any] = {
         "num_experts": experts, "num_experts_per_tok": per_token, "moe_intermediate_size": inner, "mlp_only_layers": list(range(dense)),

@@ -164,12 +164,14 @@ def measured_step_s(row: Measurement, request: dict[str, Any], peak_flops_per_s:
 def _published_flops_per_token(row: Measurement, request: dict[str, Any]) -> float | None:
     definition, seq_len = row.text("flops_definition"), request["workload"]["seq_len"]
     if "96bslh" in definition:
-        h, layers, vocab = (row.count(name) for name in ("hidden_size", "num_layers", "vocab"))
-        return 96.0 * layers * h**2 * (1 + seq_len / (6 * h) + vocab / (16 * layers * h))
+        h, layers, vocab = (float(row.count(name)) for name in ("hidden_size", "num_layers", "vocab"))
+        per_token: float = 96.0 * layers * h**2 * (1 + seq_len / (6 * h) + vocab / (16 * layers * h))
+        return per_token
     if not definition.startswith("model"):
         return None
     flops = model_flops_per_token(load_model(request["model"]), seq_len, Numerics())
-    return flops["causal"] if "causal" in definition else flops["full"] if "attn full" in definition else None
+    convention = "causal" if "causal" in definition else "full" if "attn full" in definition else ""
+    return flops.get(convention)
 
 
 def predicted_memory_bytes(plan: Plan, definition: str) -> float:
@@ -280,6 +282,11 @@ def render_markdown(report: ValidationReport) -> str:
     """The page docs/validation.md: the summary, every row with its error, what was assumed, and how to make the page again."""
     time, memory = report.throughput, report.memory
     num_rows = len(report.per_row) + len(report.skipped)
+    summary = (
+        f"{num_rows} rows, {len(report.skipped)} skipped. Step time: median error {_percent(time.median_abs_error_fraction)},"
+        f" 90th percentile {_percent(time.p90_abs_error_fraction)}, interval holds for {_percent(time.interval_coverage_fraction)}"
+        f" of {time.num_rows} rows."
+    )
     lines = [
         "# Validation",
         "",
@@ -290,9 +297,7 @@ def render_markdown(report: ValidationReport) -> str:
         "python -m planner validate --measurements data/measurements/anchors.csv > docs/validation.md",
         "```",
         "",
-        f"{num_rows} rows, {len(report.skipped)} skipped. Step time: median error {_percent(time.median_abs_error_fraction)},"
-        f" 90th percentile {_percent(time.p90_abs_error_fraction)}, interval holds for {_percent(time.interval_coverage_fraction)}"
-        f" of {time.num_rows} rows.",
+        summary,
     ]
     if memory.num_rows:
         lines.append(
