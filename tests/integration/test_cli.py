@@ -17,9 +17,15 @@ from planner.files import to_yaml
 from planner.report.plan_text import render_plan
 
 MODEL = {
-    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 8192,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
 REQUEST: dict[str, Any] = {
     "model": MODEL,
     "workload": {"seq_len": 8192, "global_batch_size": 512, "tokens": 1e12},
@@ -135,7 +141,8 @@ def test_parts_shown_add_up_to_the_total() -> None:
 
 def test_days_devices_and_price_agree() -> None:
     plan = estimate(REQUEST)
-    assert plan.cost.usd is not None and plan.cost.usd_per_device_hour is not None
+    assert plan.cost.usd is not None
+    assert plan.cost.usd_per_device_hour is not None
     hours = plan.time.train_s.value / 3600 * REQUEST["cluster"]["num_devices"]
     assert plan.cost.device_hours == pytest.approx(hours)
     assert plan.cost.usd.value == pytest.approx(plan.cost.billed_device_hours * plan.cost.usd_per_device_hour)
@@ -151,10 +158,12 @@ def test_whole_instances_are_billed() -> None:
 def test_every_command_has_help_with_an_example(command: str) -> None:
     done = planner(command, "--help")
     assert done.returncode == 0
-    assert f"planner {command}" in done.stdout and "Example" in done.stdout
+    assert f"planner {command}" in done.stdout
+    assert "Example" in done.stdout
 
 
 def test_a_closed_pipe_is_no_fault(request_file: str) -> None:
     shell = f"{sys.executable} -m planner estimate {request_file} --json | head -c 10"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True, check=False)
-    assert "Traceback" not in done.stderr and "fault" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "fault" not in done.stderr
