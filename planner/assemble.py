@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from planner.economics import CostBreakdown, Goodput
-from planner.graph import StepGraph, count_params, model_flops_per_token
+from planner.graph import Part, StepGraph, count_params, model_flops_per_token
 from planner.layout import Layout
 from planner.memory import MemoryBreakdown
 from planner.plan import Cost, Evidence, Flops, Interval, Loss, Memory, Params, Plan, Request, StageMemory, Time, Violation, spec_to_plain
@@ -16,7 +16,7 @@ from planner.resolve import Job
 from planner.scaling_laws import predict_loss
 from planner.timing import TimeBreakdown
 
-__all__ = ["assemble_plan", "hardware_flops_per_token"]
+__all__ = ["assemble_plan", "hardware_flops_per_token", "repeated_flops"]
 
 
 def assemble_plan(
@@ -77,17 +77,21 @@ def hardware_flops_per_token(job: Job, graph: StepGraph) -> float:
     executed = 0.0
     for part in graph.parts:
         forward = float(part.total("forward_flops"))
-        again = forward if part.is_block and job.workload.recompute == "full" else _selectively_repeated(job, part)
+        again = repeated_flops(job, part)
         backward = float(part.total("backward_input_flops") + part.total("backward_weight_flops"))
         executed += float(np.sum(part.counts)) * (forward + backward + again)
     # Each device of a (tp, cp) group does its share of the same tokens; copies of key-value heads count as executed.
     return executed * graph.layout.tp * graph.layout.cp / tokens_per_microbatch
 
 
-def _selectively_repeated(job: Job, part: Any) -> float:
-    if job.workload.recompute != "selective" or "scores" not in job.stack.selective_recompute or not part.is_block:
+def repeated_flops(job: Job, part: Part) -> float:
+    """Forward FLOPs of one run of a part that recompute does again."""
+    if not part.is_block or job.workload.recompute == "none":
         return 0.0
-    return float(sum(cost.forward_flops for cost in part.costs if "scores" in cost.saved))
+    if job.workload.recompute == "full":
+        return float(part.total("forward_flops"))
+    drops_scores = "scores" in job.stack.selective_recompute
+    return float(sum(cost.forward_flops for cost in part.costs if "scores" in cost.saved)) if drops_scores else 0.0
 
 
 def _memory(job: Job, memory: MemoryBreakdown) -> Memory:
