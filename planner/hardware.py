@@ -310,8 +310,11 @@ def load_catalog(extra: Path | None = None) -> Catalog:
     """
     accelerators = read_entries(DATA_DIR / "hardware_catalog.yaml")
     offers = read_entries(DATA_DIR / "offers.yaml")
+    aliases = read_aliases(accelerators)
     own = add_entries(extra, accelerators, offers) if extra is not None else {}
-    catalog = Catalog(Entries(accelerators, Accelerator), Entries(offers, Offer), read_aliases(accelerators))
+    if own:
+        aliases |= read_aliases(accelerators)  # an entry that replaces another keeps its aliases
+    catalog = Catalog(Entries(accelerators, Accelerator), Entries(offers, Offer), aliases)
     if extra is not None:
         _check_own(catalog, own, str(extra))
     return catalog
