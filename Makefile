@@ -5,8 +5,8 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
-# A CUDA machine: make test TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130'. Empty: no torch,
-# and the tests that need it are skipped and counted.
+# Any other build of torch: make test TORCH='...' with what pip should install. Empty: no torch, and the tests that need it
+# are skipped and counted.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -9,7 +9,7 @@ import numpy as np
 from planner.errors import InputError
 from planner.layout import Layout, PartialLayout
 from planner.layout_rules import check_layout, legal_layouts
-from planner.pricing import LayoutTable, price_layouts
+from planner.pricing import LayoutTable, Prices, price_layouts
 from planner.resolve import Job
 from planner.schedules import SCHEDULES
 
@@ -120,13 +120,19 @@ def complete_layout(job: Job, given: PartialLayout) -> tuple[Layout, list[str]]:
     if not len(table):
         raise _no_layout(job, given)
     prices = price_layouts(job, table)
-    best = int(np.argmin(np.where(prices.fits, prices.step_s, np.inf))) if prices.fits.any() else int(np.argmin(prices.peak_bytes))
-    found = (
-        f"layout: the fastest of {len(table):,} legal ones that fits"
-        if prices.fits.any()
-        else f"layout: none of {len(table):,} legal ones fits; this one needs least memory"
-    )
+    is_safe = prices.peak_bytes * (1 + job.stack.memory_interval_fraction) <= job.cluster.accelerator.memory_bytes
+    among = f"of {len(table):,} legal ones"
+    if is_safe.any():
+        best, found = _fastest(prices, is_safe), f"layout: the fastest {among} that fits even at the upper bound of its memory"
+    elif prices.fits.any():
+        best, found = _fastest(prices, prices.fits), f"layout: the fastest {among} that fits; none fits at the upper bound of its memory"
+    else:
+        best, found = int(np.argmin(prices.peak_bytes)), f"layout: none {among} fits; this one needs least memory"
     return table.row(best), [found]
+
+
+def _fastest(prices: Prices, allowed: np.ndarray) -> int:
+    return int(np.argmin(np.where(allowed, prices.step_s, np.inf)))
 
 
 def _no_layout(job: Job, given: PartialLayout) -> InputError:
