@@ -15,7 +15,7 @@ from planner.optimizers import get_optimizer
 from planner.schedules import SCHEDULES
 
 __all__ = [
-    "MemoryBreakdown", "StateFormat", "estimate_memory", "gathered_bytes_per_param", "gathered_params", "kept_bytes",
+    "MemoryBreakdown", "StateFormat", "estimate_memory", "gathered_bytes_per_param", "gathered_params", "kept_bytes", "part_states",
     "state_format", "trained_params", "transient_bytes", "zero_degrees",
 ]  # fmt: skip
 
@@ -146,27 +146,26 @@ def zero_degrees(graph: StepGraph, is_expert: bool) -> tuple[Array, Array, Array
     return by_weights, by_gradients, by_states
 
 
-def _states(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array, Array]:
+def part_states(graph: StepGraph, stack: StackSpec, part: Part, is_expert: bool) -> tuple[Array, Array, Array]:
+    """(weights, gradients, optimizer states) of one run of a part's expert ops, or of its others, on one device."""
+    precision, kept, optimizer = graph.precision, state_format(graph, stack), get_optimizer(graph.workload.optimizer)
+    by_weights, by_gradients, by_states = zero_degrees(graph, is_expert)
+    matrix, other = trained_params(part, is_expert, graph.layout.pp > 1)
+    frozen = part.param_total("frozen_params", is_expert=is_expert)
+    factored = part.param_total("factored_elements", is_expert=is_expert)
+    trained = matrix + other
+    weight_bytes = (trained * kept.stored + frozen * precision.compute_bytes) / by_weights + trained * kept.cast_copy
+    weight_bytes = weight_bytes + matrix * kept.quantized_copy
+    state_bytes = trained * kept.master + other * optimizer.other_state_bytes
+    state_bytes = state_bytes + (4.0 * factored if optimizer.is_factored else matrix * optimizer.matrix_state_bytes)
+    return weight_bytes, trained * kept.gradient / by_gradients, state_bytes / by_states
+
+
+def _states(graph: StepGraph, stack: StackSpec) -> list[Array]:
     """Weights, gradients and optimizer states per stage, [..., pp]."""
-    layout, precision, kept = graph.layout, graph.precision, state_format(graph, stack)
-    optimizer = get_optimizer(graph.workload.optimizer)
-    degrees = {is_expert: zero_degrees(graph, is_expert) for is_expert in (False, True)}
-    weights, gradients, states = [], [], []
-    for part, is_expert in ((part, is_expert) for part in graph.parts for is_expert in (False, True)):
-        matrix, other = trained_params(part, is_expert, layout.pp > 1)
-        frozen = part.param_total("frozen_params", is_expert=is_expert)
-        factored = part.param_total("factored_elements", is_expert=is_expert)
-        trained = matrix + other
-        by_weights, by_gradients, by_states = degrees[is_expert]
-        weight_bytes = (trained * kept.stored + frozen * precision.compute_bytes) / by_weights + trained * kept.cast_copy
-        weight_bytes = weight_bytes + matrix * kept.quantized_copy
-        state_bytes = trained * kept.master + other * optimizer.other_state_bytes
-        state_bytes = state_bytes + (4.0 * factored if optimizer.is_factored else matrix * optimizer.matrix_state_bytes)
-        weights.append(weight_bytes)
-        gradients.append(trained * kept.gradient / by_gradients)
-        states.append(state_bytes / by_states)
+    per_run = [part_states(graph, stack, part, is_expert) for part in graph.parts for is_expert in (False, True)]
     runs = np.repeat(part_runs(graph), 2, axis=0)
-    return over_stages(weights, runs), over_stages(gradients, runs), over_stages(states, runs)
+    return [over_stages(state, runs) for state in zip(*per_run, strict=True)]
 
 
 def kept_bytes(part: Part, graph: StepGraph, stack: StackSpec) -> tuple[Array, Array]:
