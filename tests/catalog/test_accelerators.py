@@ -144,3 +144,11 @@ def test_trap_gaudi3_at_its_shipped_clock() -> None:
 
 def test_trap_contradicted_int8_stays_absent() -> None:
     assert all("int8" not in get(name).dense_flops_per_s for name in ("b300", "gb300"))
+
+
+def test_trap_switch_reduction_has_a_threshold() -> None:
+    """Five of eight on Hopper, six on Blackwell; at four B200 switch and ring are equally fast, so only the number itself shows it."""
+    found = {name: get(name).scale_up.allreduce_min_group for name in IDS}
+    assert {found[name] for name in ("h100-80gb-sxm", "h200-141gb-sxm", "h20-96gb-sxm")} == {5}
+    assert {found[name] for name in ("b200-sxm", "b300-sxm", "gb200-nvl72", "gb300-nvl72")} == {6}
+    assert all(found[name] is None for name in IDS if name.startswith(("v100", "a100", "mi", "gaudi", "tpu", "trainium", "rtx")))
