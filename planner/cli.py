@@ -249,12 +249,13 @@ def catalog(
     if kind not in KINDS:
         raise unknown_name("kind", kind, list(KINDS))
     path = Path(extra) if extra else None
+    width = _width() if sys.stdout.isatty() else 400
     if name is not None:
         found = entry(kind, name, path)
-        sys.stdout.write(to_json(found) if as_json else render_entry(found))
+        sys.stdout.write(to_json(found) if as_json else render_entry(found, width=width))
     else:
         rows = listing(kind, path)
-        sys.stdout.write(to_json({kind: rows}) if as_json else render_listing(kind, rows, _width() if sys.stdout.isatty() else 400))
+        sys.stdout.write(to_json({kind: rows}) if as_json else render_listing(kind, rows, width))
 
 
 @app.command(epilog="Example: planner validate --measurements data/measurements/anchors.csv")

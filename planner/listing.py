@@ -64,8 +64,8 @@ def _offer_row(offer: Any, today: datetime.date) -> dict[str, Any]:
         "devices": offer.devices_per_instance,
         "region": offer.region,
         **prices,
-        "price_date": str(offer.price_date),
-        "is_stale": offer.is_stale(today),
+        "price_date": offer.price_date,
+        "is_stale": bool(offer.usd_per_hour) and offer.is_stale(today),
     }
 
 
