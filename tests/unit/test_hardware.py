@@ -321,3 +321,15 @@ def test_prices_stay_dollars_per_instance() -> None:
     offer = load_catalog().offer("aws/p5.48xlarge")
     assert offer.price_usd_per_device_hour("on_demand") == offer.usd_per_hour["on_demand"] / 8
     assert offer.price_usd_per_device_hour("reserved_3y") is None
+
+
+def test_the_example_of_the_guide_works(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "adding.md").read_text(encoding="utf-8")
+    path = tmp_path / "my.yaml"
+    path.write_text(guide.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    catalog = load_catalog(path)
+    found = cluster(catalog, accelerator="acme", offer="acme/box-8", num_devices=64)
+    assert (found.usd_per_device_hour, found.scale_up.domain_size) == (1.5, 8)
+    assert found.scale_out is not None
+    assert found.scale_out.bandwidth_bytes_per_s == 25e9
+    assert cluster(catalog, accelerator="h100", offer="aws/p5.48xlarge").usd_per_device_hour == 3.9
