@@ -18,7 +18,7 @@ from pydantic import Field
 from planner.errors import InputError
 from planner.files import DATA_DIR, read_yaml
 from planner.hardware import Accelerator
-from planner.ops import OpCost
+from planner.op_cost import OpCost
 from planner.precision import Precision
 from planner.registry import unknown_name
 from planner.spec import Bytes, Fraction, Seconds, Spec, build

@@ -18,7 +18,7 @@ from planner.architectures import ModelOps, model_ops
 from planner.efficiency import StackSpec
 from planner.layout import Layout, LayoutArrays
 from planner.model_spec import ModelSpec
-from planner.ops import Numerics, Op, OpCost, Shard
+from planner.op_cost import Numerics, Op, OpCost, Shard
 from planner.precision import Precision
 from planner.schedules import SCHEDULES
 from planner.workload import Workload

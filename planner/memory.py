@@ -10,7 +10,7 @@ import numpy as np
 from planner.efficiency import StackSpec
 from planner.graph import Part, StepGraph, over_stages, part_runs
 from planner.hardware import Cluster
-from planner.ops import OpCost
+from planner.op_cost import OpCost
 from planner.optimizers import get_optimizer
 from planner.schedules import SCHEDULES
 

@@ -17,7 +17,7 @@ from planner.graph import count_params, make_numerics
 from planner.hardware import Cluster, load_catalog
 from planner.layout_rules import Facts
 from planner.model_spec import ModelSpec
-from planner.ops import Numerics
+from planner.op_cost import Numerics
 from planner.plan import Request
 from planner.precision import Precision, get_precision
 from planner.units import format_count

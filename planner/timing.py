@@ -12,7 +12,7 @@ from planner.efficiency import Efficiency, StackSpec
 from planner.graph import Part, StepGraph, over_stages, part_runs
 from planner.hardware import Cluster
 from planner.memory import trained_params
-from planner.ops import OpCost, Transfer
+from planner.op_cost import OpCost, Transfer
 from planner.optimizers import get_optimizer
 from planner.schedules import SCHEDULES
 
@@ -272,9 +272,7 @@ def estimate_time(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) ->
     )
 
 
-def exposed_fsdp(
-    graph: StepGraph, part: Part, times: PartTimes, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency
-) -> tuple[Array, Array]:
+def exposed_fsdp(graph: StepGraph, part: Part, times: PartTimes, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency) -> tuple[Array, Array]:
     """FSDP's communication per run of a part that its compute does not hide: (forward, backward)."""
     overlap = efficiency.stack.overlap.fsdp.value
     gather, scatter = (sum(t.seconds(cluster) for t in transfers) for transfers in fsdp_transfers(graph, part, groups, efficiency))

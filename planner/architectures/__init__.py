@@ -14,7 +14,7 @@ from planner.architectures._config import Config
 from planner.errors import InputError, nearest
 from planner.files import DATA_DIR, read_json, read_yaml
 from planner.model_spec import ModelSpec
-from planner.ops import Op
+from planner.op_cost import Op
 from planner.registry import Registry, unknown_name
 
 __all__ = ["ARCHITECTURES", "Architecture", "ModelOps", "load_model", "model_ops", "preset_names", "preset_record"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from planner.architectures import ModelOps
+from planner.attention_op import Attention
 from planner.model_spec import Mla, ModelSpec, Moe
-from planner.ops import Attention, Collective, Elementwise, Embedding, GroupedLinear, Linear, Loss, Norm, Op, Producer
+from planner.op_cost import Op, Producer
+from planner.ops import Collective, Elementwise, Embedding, GroupedLinear, Linear, Loss, Norm
 
 __all__ = [
     "attention", "block_norm", "decoder", "dropout", "embedding", "feed_forward", "head", "mla_attention", "mixture", "residual",
@@ -24,11 +26,8 @@ def embedding(spec: ModelSpec) -> Ops:
         Collective(name="embedding_reduce", pattern="leave", width=h),
     )
     if spec.position == "learned":
-        ops += (
-            Embedding(
-                name="position_embedding", num_embeddings=spec.max_position_embeddings, embedding_dim=h, is_split=False, is_looked_up_per_token=False
-            ),
-        )
+        rows = spec.max_position_embeddings + spec.num_unused_positions
+        ops += (Embedding(name="position_embedding", num_embeddings=rows, embedding_dim=h, is_split=False, is_looked_up_per_token=False),)
     if spec.num_token_types:
         ops += (
             Embedding(

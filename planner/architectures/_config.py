@@ -2,48 +2,78 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from planner.errors import InputError, Problem
-from planner.model_spec import ModelSpec
+from planner.model_spec import ModelSpec, Moe
 from planner.spec import build
 
 __all__ = ["Config"]
 
 MAX_SIZE = 10**9
+MAX_LAYERS = 10_000
+"""Of blocks; the deepest published models have some hundreds."""
+MISSPELT_CUTOFF = 0.9
+"""Likeness from which an unread key counts as a misspelt one; no pair of real keys of one family comes closer."""
 
 
 class Config:
-    """An HF configuration being read. Mistakes are collected; `spec` raises them all at once."""
+    """An HF configuration being read. Mistakes are collected; `spec` raises them all at once.
+
+    A key that is left out has the value that transformers' configuration class gives it, because transformers leaves out of
+    the files that it writes whatever equals its default. The sizes that make a model what it is are required.
+    """
 
     def __init__(self, values: dict[str, Any], name: str, where: str) -> None:
         self.values = values
         self.name = name
         self.where = where
+        self.model_type = str(values.get("model_type"))
+        self._asked = {"model_type", "name"}
+        self._other_names: dict[str, str] = {}
         self._problems: list[Problem] = []
 
     def _fail(self, key: str, value: object, rule: str, fix: str) -> None:
         self._problems.append(Problem(f"model.{key}", value, rule, fix, self.where))
 
-    def size(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        """A whole number of at least `minimum`; `default` when absent or null (None: required)."""
-        value = self.values.get(key)
+    def get(self, key: str) -> Any:
+        """The raw value, None when absent."""
+        self._asked.add(key)
+        return self.values.get(key)
+
+    def also_called(self, **other_names: str) -> None:
+        """Other names that transformers reads where the first one is absent: `n_layer="num_hidden_layers"`."""
+        self._other_names |= other_names
+        self._asked |= set(other_names.values())
+
+    def size(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
+        """A whole number from `minimum` to `maximum`; `default` when absent or null (None: required)."""
+        name, value = key, self.get(key)
+        if value is None and key in self._other_names:
+            name, value = self._other_names[key], self.get(self._other_names[key])
+            name = key if value is None else name
+        fallback = max(minimum, 1)
         if value is None:
             if default is None:
                 self._fail(key, None, "is required", f"add {key} as in the model's config.json")
-                return max(minimum, 1)
+                return fallback
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) > MAX_SIZE or int(value) != value:
-            self._fail(key, value, f"must be a whole number up to {MAX_SIZE:,}", "write a number")
-            return max(minimum, 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) > maximum or int(value) != value:
+            self._fail(name, value, f"must be a whole number up to {maximum:,}", "write a number")
+            return fallback
         if value < minimum:
-            self._fail(key, value, f"must be at least {minimum}", f"write {minimum} or more")
-            return max(minimum, 1)
+            self._fail(name, value, f"must be at least {minimum}", f"write {minimum} or more")
+            return fallback
         return int(value)
+
+    def layers(self, key: str, default: int | None = None) -> int:
+        """A number of blocks."""
+        return self.size(key, default, maximum=MAX_LAYERS)
 
     def flag(self, key: str, default: bool) -> bool:
         """A true or false; `default` when absent or null."""
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return default
         if not isinstance(value, bool):
@@ -53,7 +83,7 @@ class Config:
 
     def fraction(self, key: str, default: float = 0.0) -> float:
         """A number from 0 up to, not including, 1."""
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
@@ -63,17 +93,43 @@ class Config:
 
     def text(self, key: str, default: str, known: dict[str, str] | None = None) -> str:
         """A text; with `known`, one of its keys, translated to its value."""
-        value = self.values.get(key, default)
+        value = self.get(key)
         value = default if value is None else value
         if not isinstance(value, str) or (known is not None and value not in known):
             self._fail(key, value, f"must be one of {', '.join(known or ['a text'])}", f"write e.g. {default}")
             value = default
         return known[value] if known is not None else value
 
+    def names(self, key: str, known: tuple[str, ...]) -> list[str] | None:
+        """A list whose entries are all in `known`; None when absent or null."""
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or any(entry not in known for entry in value):
+            self._fail(key, value, f"must be a list of {' and '.join(known)}", f"write e.g. [{known[0]}]")
+            return None
+        return value
+
+    def leading_layers(self, key: str) -> int:
+        """How many layers a list such as [0, 1] names; it may name the first ones only. 0 when absent or null."""
+        value = self.get(key)
+        if value is None:
+            return 0
+        is_leading = isinstance(value, list) and len(value) <= MAX_LAYERS and sorted(map(str, value)) == sorted(map(str, range(len(value))))
+        self.rule(is_leading, key, "must be a list of the first layers, counted from 0", "write e.g. [0, 1], or []")
+        return len(value) if is_leading else 0
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """A nested mapping; empty when absent or null."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, dict):
+            self._fail(key, value, "must be a mapping of keys to values", "write e.g. {key: value}, or leave it out")
+        return value if isinstance(value, dict) else {}
+
     def rule(self, holds: bool, key: str, rule: str, fix: str) -> None:
         """Notes a problem unless `holds`."""
         if not holds:
-            self._fail(key, self.values.get(key), rule, fix)
+            self._fail(key, self.get(key), rule, fix)
 
     def heads(self, hidden_key: str, heads_key: str, hidden: int, heads: int) -> int:
         """hidden // heads, which must be exact."""
@@ -85,14 +141,40 @@ class Config:
         )
         return max(hidden // heads, 1)
 
-    def spec(self, **fields: Any) -> ModelSpec:
+    def moe(self, per_token_key: str = "num_experts_per_tok", **fields: Any) -> Moe:
+        """The mixture of `fields`.
+
+        Raises:
+            InputError: every problem noted so far, which may have left sizes that no mixture can have.
+        """
+        num = fields["num_experts"]
+        self.rule(fields["num_experts_per_token"] <= num, per_token_key, f"must be at most the number of experts, {num}", "correct one of the two")
+        self._raise()
+        return build(Moe, fields, "model", self.where)
+
+    def _raise(self) -> None:
+        if self._problems:
+            raise InputError(*self._problems)
+
+    def _note_misspelt(self) -> None:
+        """A key that nobody reads, and that looks like one which is missing, would be defaulted in silence."""
+        missing = [key for key in self._asked if self.values.get(key) is None]
+        for key, value in self.values.items():
+            if isinstance(key, str) and key not in self._asked and len(key) < 100:
+                close = get_close_matches(key, missing, n=1, cutoff=MISSPELT_CUTOFF)
+                if close:
+                    self._fail(key, value, f"is not a key of {self.model_type}", f"did you mean {close[0]}?")
+
+    def spec(self, *, kv_heads_key: str = "num_key_value_heads", **fields: Any) -> ModelSpec:
         """The ModelSpec of `fields`.
 
+        Args:
+            kv_heads_key: what the family calls the number of key-value heads.
         Raises:
             InputError: every problem noted so far.
         """
         heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
-        self.rule(heads % kv_heads == 0, "num_key_value_heads", f"must divide num_attention_heads = {heads}", "correct one of the two")
-        if self._problems:
-            raise InputError(*self._problems)
+        self.rule(heads % kv_heads == 0, kv_heads_key, f"= {kv_heads} must divide the number of attention heads, {heads}", "correct one of the two")
+        self._note_misspelt()
+        self._raise()
         return build(ModelSpec, {"name": self.name, **fields}, "model", self.where)

@@ -12,6 +12,7 @@ from planner.architectures._blocks import block_norm, decoder, head, standard_bl
 from planner.architectures._common import decoder_fields
 from planner.architectures._config import Config
 from planner.model_spec import Mla, ModelSpec, Moe
+from planner.op_cost import Op
 from planner.ops import Linear
 
 
@@ -57,6 +58,6 @@ class DeepSeek:
         shared = spec.model_copy(update={"tie_word_embeddings": True})
         join = Linear(name="mtp.join", in_features=2 * h, out_features=h, split="none")
         norms = (block_norm(spec, "mtp.hidden_norm"), block_norm(spec, "mtp.embedding_norm"))
-        block = (*norms, join, *standard_block(spec, spec.num_layers - 1), *head(shared))
+        block: tuple[Op, ...] = (*norms, join, *standard_block(spec, spec.num_layers - 1), *head(shared))
         layers = (*main.layers, *[len(main.blocks)] * spec.num_mtp_layers)
         return ModelOps(main.embedding, (*main.blocks, ("prediction block", block)), layers, main.head)

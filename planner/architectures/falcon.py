@@ -21,8 +21,10 @@ class Falcon:
         hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
         is_new, bias = config.flag("new_decoder_architecture", False), config.flag("bias", False)
         kv_heads = config.size("num_kv_heads", heads) if is_new else 1 if config.flag("multi_query", True) else heads
-        is_parallel = is_new or config.flag("parallel_attn", True)
-        norms = config.size("num_ln_in_parallel_attn", 2 if is_new else 1)
+        num_norms = config.size("num_ln_in_parallel_attn", 2)
+        config.rule(num_norms <= 2, "num_ln_in_parallel_attn", "must be 1 or 2", "write 2: one norm per branch")
+        has_two_norms = is_new and num_norms == 2
+        is_parallel = has_two_norms or config.flag("parallel_attn", True)
         return config.spec(
             family="falcon",
             hidden_size=hidden,
@@ -43,7 +45,7 @@ class Falcon:
             attention_out_bias=bias,
             mlp_bias=bias,
             is_parallel_block=is_parallel,
-            num_block_norms=norms if is_parallel else 2,
+            num_block_norms=2 if has_two_norms or not is_parallel else 1,
             attention_dropout=config.fraction("attention_dropout"),
             hidden_dropout=config.fraction("hidden_dropout"),
         )

@@ -11,8 +11,8 @@ from planner.architectures._common import ACTIVATIONS
 from planner.architectures._config import Config
 from planner.model_spec import ModelSpec
 
-OFFSET = 2
-"""Rows of the position table that no position uses."""
+NUM_UNUSED_POSITIONS = 2
+"""Rows before the one of position 0, a relic of padding (fairseq's learned positions)."""
 
 
 @ARCHITECTURES.register("opt")
@@ -30,6 +30,9 @@ class Opt:
             "use another size of OPT",
         )
         config.rule(config.flag("do_layer_norm_before", True), "do_layer_norm_before", "must be true", "use another size of OPT")
+        config.rule(
+            config.flag("layer_norm_elementwise_affine", True), "layer_norm_elementwise_affine", "must be true: norms have weights", "leave it out"
+        )
         bias = config.flag("enable_bias", True)
         return config.spec(
             family="opt",
@@ -40,11 +43,13 @@ class Opt:
             head_dim=config.heads("hidden_size", "num_attention_heads", hidden, heads),
             intermediate_size=config.size("ffn_dim", 4 * hidden),
             vocab_size=config.size("vocab_size"),
-            max_position_embeddings=config.size("max_position_embeddings", 2048) + OFFSET,
+            max_position_embeddings=config.size("max_position_embeddings", 2048),
+            num_unused_positions=NUM_UNUSED_POSITIONS,
             tie_word_embeddings=config.flag("tie_word_embeddings", True),
             position="learned",
             norm="layernorm",
-            norm_bias=config.flag("layer_norm_elementwise_affine", True),
+            norm_bias=True,
+            has_final_norm=not config.flag("_remove_final_layer_norm", False),
             activation=config.text("activation_function", "relu", ACTIVATIONS),
             is_gated=False,
             qkv_bias=bias,

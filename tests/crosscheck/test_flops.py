@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from planner.architectures import load_model, model_ops
-from planner.ops import Attention, Numerics, OpCost, Shard
+from planner.attention_op import Attention
+from planner.op_cost import Numerics, OpCost, Shard
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[dev,reftrain]'")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[dev]'")

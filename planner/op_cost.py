@@ -1,0 +1,158 @@
+"""What an op costs and what it is told: `OpCost`, and the `Shard` and `Numerics` from which it follows.
+
+Letters, as in docs/concepts.md: T tokens of the microbatch on this device, t tensor-parallel degree. Every number may be an
+array of one shape [n]; costs broadcast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+__all__ = ["Array", "Numerics", "Op", "OpCost", "Producer", "Region", "Shard", "Transfer"]
+
+Array = Any
+"""A number or a numpy array of them."""
+Region = Literal["tp", "local"]
+"""`tp`: between the two tensor-parallel collectives, every rank sees all T tokens and 1/t of the features. `local`:
+outside; every feature, and with sequence parallelism T/t tokens."""
+Producer = Literal["residual", "norm", "matmul", "activation", "attention", "scores", "dropout", "dispatch", "logits"]
+"""What made a saved tensor. Selective recompute drops the tensors of some producers."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one device sees of one microbatch. Numbers or arrays of one shape [n]."""
+
+    micro_batch_size: Array
+    seq_len: int
+    tp: Array = 1
+    cp: Array = 1
+    ep: Array = 1
+    sequence_parallel: Array = False
+
+    @property
+    def tokens(self) -> Array:
+        """T: tokens per microbatch inside the tensor-parallel region."""
+        return self.micro_batch_size * (self.seq_len / self.cp)
+
+    @property
+    def local_tokens(self) -> Array:
+        """Tokens per microbatch outside it: T, or T/t with sequence parallelism."""
+        return self.tokens / np.where(self.sequence_parallel, self.tp, 1)
+
+    @property
+    def expert_tp(self) -> Array:
+        """Tensor-parallel degree of the experts: t while every device holds all of them, else 1 (whole experts)."""
+        return np.where(np.asarray(self.ep) > 1, 1, self.tp)
+
+    def region_tokens(self, region: Region) -> Array:
+        """Tokens that a device sees in `region`."""
+        return self.tokens if region == "tp" else self.local_tokens
+
+    def region_split(self, region: Region) -> Array:
+        """By how much the features are split in `region`."""
+        return self.tp if region == "tp" else 1
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Formats and kernels of a run: the part of a software stack that changes what is computed and kept."""
+
+    compute_bytes: float = 2
+    saved_matmul_bytes: float = 2
+    attention_kernel: Literal["flash", "unfused"] = "flash"
+    loss_kernel: Literal["fused", "unfused", "chunked"] = "unfused"
+    fused_activation: bool = True
+    fused_norm: bool = True
+    saves_gathered_input: bool = False
+    """Keep the all-gathered input of sequence parallelism, instead of gathering it again in the backward pass."""
+    lora_rank: int = 0
+    """0: every weight is trained."""
+    expert_imbalance: float = 1.0
+    """Tokens of the busiest expert-parallel rank over the mean."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One collective per microbatch. `num_bytes`: the full buffer (gathered, or to be reduced, or exchanged) per device."""
+
+    collective: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "ring"]
+    axis: Literal["tp", "cp", "ep"]
+    phase: Literal["forward", "backward"]
+    num_bytes: Array
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """Cost of one op on one device for one microbatch; every field a number or an array.
+
+    Parameters are those held by this device before ZeRO shards them. FLOPs count a multiply-add as two and are executed
+    ones: flash attention skips what a causal mask hides and computes the scores again in the backward pass.
+    `model_forward_flops` (attention over all pairs) and `causal_forward_flops` (half of them) are the two conventions for
+    model FLOPs; backward is twice forward in both. Bytes are what device memory must move.
+    """
+
+    op: Op
+    matrix_params: Array = 0.0
+    embedding_params: Array = 0.0
+    vector_params: Array = 0.0
+    tied_params: Array = 0.0
+    """Shared with the embedding; a copy exists only where the pipeline parts them."""
+    frozen_params: Array = 0.0
+    factored_elements: Array = 0.0
+    """Rows plus columns of the trained matrices: the state of Adafactor."""
+    active_params: Array = 0.0
+    """Parameters that one token meets."""
+    model_forward_flops: Array = 0.0
+    causal_forward_flops: Array = 0.0
+    forward_flops: Array = 0.0
+    backward_input_flops: Array = 0.0
+    backward_weight_flops: Array = 0.0
+    forward_bytes: Array = 0.0
+    backward_bytes: Array = 0.0
+    saved: dict[Producer, Array] = field(default_factory=dict)
+    """Bytes kept for the backward pass, by what made them."""
+    workspace_bytes: Array = 0.0
+    """Alive only while the op runs."""
+    gemm: tuple[Array, Array, Array] | None = None
+    """(m, n, k) of the forward matmul."""
+    num_gemms: Array = 1
+    """How many such matmuls run as one kernel: the experts of this device."""
+    num_kernels: float = 1
+    transfers: tuple[Transfer, ...] = ()
+
+    @property
+    def params(self) -> Array:
+        """All parameters on this device, trained or not."""
+        return self.matrix_params + self.embedding_params + self.vector_params + self.frozen_params
+
+    @property
+    def saved_bytes(self) -> Array:
+        """All bytes kept for the backward pass."""
+        return sum(self.saved.values()) if self.saved else 0.0
+
+
+class Op(Protocol):
+    """One op of a layer. `kind` picks its efficiency curve; `is_expert` its data-parallel group."""
+
+    @property
+    def name(self) -> str:
+        """Unique within its block."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """matmul, grouped_matmul, attention, memory or collective."""
+        ...
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether its parameters belong to routed experts."""
+        ...
+
+    def cost(self, shard: Shard, numerics: Numerics) -> OpCost:
+        """Cost on one device for one microbatch."""
+        ...
