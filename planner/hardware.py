@@ -136,6 +136,10 @@ class Offer(Spec):
             raise ValueError("a price needs its date; add price_date")
         if self.price_date not in (None, "undated") and _parse_date(self.price_date or "") is None:
             raise ValueError("price_date is YYYY-MM-DD, YYYY-MM, YYYY or undated; write it so")
+        for dearer, cheaper in (("on_demand", "spot"), ("on_demand", "reserved_1y"), ("reserved_1y", "reserved_3y")):
+            prices = {str(kind): price for kind, price in self.usd_per_hour.items()}
+            if dearer in prices and cheaper in prices and prices[cheaper] >= prices[dearer]:
+                raise ValueError(f"{cheaper} must be below {dearer}: an equal price means that none is published; leave {cheaper} out")
         return self
 
     def price_usd_per_device_hour(self, pricing: Pricing) -> float | None:

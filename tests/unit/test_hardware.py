@@ -12,6 +12,7 @@ from planner import catalog_files, hardware
 from planner.errors import InputError, Problem
 from planner.files import DATA_DIR, read_yaml, to_yaml
 from planner.hardware import Catalog, Cluster, ClusterSpec, Offer, load_catalog
+from planner.spec import build
 
 LINK = {
     "name": "Ring 1", "kind": "switch", "bandwidth": "100 GB/s", "peer_bandwidth": "100 GB/s", "domain_size": 4,
@@ -333,3 +334,20 @@ def test_the_example_of_the_guide_works(tmp_path: Path) -> None:
     assert found.scale_out is not None
     assert found.scale_out.bandwidth_bytes_per_s == 25e9
     assert cluster(catalog, accelerator="h100", offer="aws/p5.48xlarge").usd_per_device_hour == 3.9
+
+
+@pytest.mark.parametrize(
+    "prices", [{"on_demand": 10.0, "spot": 10.0}, {"on_demand": 10.0, "reserved_1y": 11.0}, {"reserved_1y": 8.0, "reserved_3y": 8.0}]
+)
+def test_a_discount_that_is_none_is_refused(prices: dict[str, float]) -> None:
+    values = {
+        "id": "x/y",
+        "provider": "x",
+        "instance_type": "y",
+        "accelerator": "h100-80gb-sxm",
+        "devices_per_instance": 8,
+        "source": "test",
+        "price_date": "2026-11-01",
+    }
+    with pytest.raises(InputError, match="must be below"):
+        build(Offer, {**values, "usd_per_hour": prices}, "offers")
