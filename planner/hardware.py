@@ -257,6 +257,8 @@ class Catalog:
         per_node = (offer.node_size or offer.devices_per_instance) if offer else min(device.typical_node_size, spec.num_devices)
         node_size = spec.node_size or per_node
         domain = min(spec.domain_size or _domain_size(device, node_size), spec.num_devices)
+        if device.scale_up.kind == "torus" and spec.domain_size is None and spec.num_devices > node_size:
+            notes.append(f"slices of {domain} devices: the largest that {device.id} and the number of devices allow; domain_size names another")
         scale_out = _scale_out(spec, device, offer, node_size, domain, notes)
         scale_up = device.scale_up.model_copy(update={"domain_size": domain})
         return Cluster(device, spec.num_devices, node_size, scale_up, scale_out, offer, spec.pricing, _price(spec, offer, notes), tuple(notes))

@@ -265,6 +265,12 @@ def test_domain_size_override() -> None:
     assert cluster(accelerator="gb200", num_devices=8).scale_up.domain_size == 8, "never more than there are devices"
 
 
+def test_the_slice_that_was_taken_is_an_assumption() -> None:
+    assert any("slices of 512" in note for note in cluster(accelerator="tpu-v5p", num_devices=512, offer="gcp/tpu-v5p-8-derived").assumptions)
+    assert any("slices of 256" in note for note in cluster(accelerator="tpu-v6e", num_devices=1024).assumptions)
+    assert not any("slices" in note for note in cluster(accelerator="tpu-v5p", num_devices=512, domain_size=64).assumptions)
+
+
 def test_network_override_is_per_node() -> None:
     found = cluster(accelerator="h100", offer="aws/p5.48xlarge", network="200 GB/s")
     assert found.scale_out is not None
