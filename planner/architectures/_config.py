@@ -9,7 +9,7 @@ from planner.errors import InputError, Problem
 from planner.model_spec import ModelSpec, Moe
 from planner.spec import build
 
-__all__ = ["Config"]
+__all__ = ["MAX_LAYERS", "Config"]
 
 MAX_SIZE = 10**9
 MAX_LAYERS = 10_000
@@ -33,14 +33,19 @@ class Config:
         self._asked = {"model_type", "name"}
         self._other_names: dict[str, str] = {}
         self._problems: list[Problem] = []
+        self._prefix = "model."
 
     def _fail(self, key: str, value: object, rule: str, fix: str) -> None:
-        self._problems.append(Problem(f"model.{key}", value, rule, fix, self.where))
+        self._problems.append(Problem(f"{self._prefix}{key}", value, rule, fix, self.where))
 
     def get(self, key: str) -> Any:
         """The raw value, None when absent."""
         self._asked.add(key)
         return self.values.get(key)
+
+    def is_null(self, key: str) -> bool:
+        """Whether the key is given with the value null, which may mean another thing than leaving it out."""
+        return key in self.values and self.values[key] is None
 
     def also_called(self, **other_names: str) -> None:
         """Other names that transformers reads where the first one is absent: `n_layer="num_hidden_layers"`."""
@@ -126,6 +131,12 @@ class Config:
             self._fail(key, value, "must be a mapping of keys to values", "write e.g. {key: value}, or leave it out")
         return value if isinstance(value, dict) else {}
 
+    def section(self, key: str) -> Config:
+        """The nested mapping under `key`, empty when absent or null; its mistakes are raised with these."""
+        inner = Config(self.mapping(key), self.name, self.where)
+        inner._problems, inner._prefix = self._problems, f"{self._prefix}{key}."
+        return inner
+
     def rule(self, holds: bool, key: str, rule: str, fix: str) -> None:
         """Notes a problem unless `holds`."""
         if not holds:
@@ -149,10 +160,11 @@ class Config:
         """
         num = fields["num_experts"]
         self.rule(fields["num_experts_per_token"] <= num, per_token_key, f"must be at most the number of experts, {num}", "correct one of the two")
-        self._raise()
+        self.raise_problems()
         return build(Moe, fields, "model", self.where)
 
-    def _raise(self) -> None:
+    def raise_problems(self) -> None:
+        """Raises every problem noted so far; returns when there is none."""
         if self._problems:
             raise InputError(*self._problems)
 
@@ -176,5 +188,5 @@ class Config:
         heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
         self.rule(heads % kv_heads == 0, kv_heads_key, f"= {kv_heads} must divide the number of attention heads, {heads}", "correct one of the two")
         self._note_misspelt()
-        self._raise()
+        self.raise_problems()
         return build(ModelSpec, {"name": self.name, **fields}, "model", self.where)

@@ -18,11 +18,12 @@ class Bloom:
     @staticmethod
     def read(config: Config) -> ModelSpec:
         """ModelSpec of a BLOOM configuration."""
+        config.also_called(hidden_size="n_embed", n_head="num_attention_heads", n_layer="num_hidden_layers")
         hidden, heads = config.size("hidden_size"), config.size("n_head")
         return config.spec(
             family="bloom",
             hidden_size=hidden,
-            num_layers=config.size("n_layer"),
+            num_layers=config.layers("n_layer"),
             num_attention_heads=heads,
             num_key_value_heads=heads,
             head_dim=config.heads("hidden_size", "n_head", hidden, heads),

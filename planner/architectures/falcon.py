@@ -18,6 +18,7 @@ class Falcon:
     @staticmethod
     def read(config: Config) -> ModelSpec:
         """ModelSpec of a Falcon configuration."""
+        config.also_called(hidden_size="n_embed", num_attention_heads="n_head", num_hidden_layers="n_layer", num_kv_heads="n_head_kv")
         hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
         is_new, bias = config.flag("new_decoder_architecture", False), config.flag("bias", False)
         kv_heads = config.size("num_kv_heads", heads) if is_new else 1 if config.flag("multi_query", True) else heads
@@ -26,9 +27,10 @@ class Falcon:
         has_two_norms = is_new and num_norms == 2
         is_parallel = has_two_norms or config.flag("parallel_attn", True)
         return config.spec(
+            kv_heads_key="num_kv_heads",
             family="falcon",
             hidden_size=hidden,
-            num_layers=config.size("num_hidden_layers"),
+            num_layers=config.layers("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=config.heads("hidden_size", "num_attention_heads", hidden, heads),

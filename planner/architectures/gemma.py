@@ -9,33 +9,50 @@ from typing import Any
 
 from planner.architectures import ARCHITECTURES, ModelOps
 from planner.architectures._blocks import decoder
-from planner.architectures._common import decoder_fields
+from planner.architectures._common import decoder_fields, window_fields
 from planner.architectures._config import Config
 from planner.model_spec import ModelSpec
 
 GLOBAL_PERIOD = {"gemma": 0, "gemma2": 2, "gemma3_text": 6}
+DEFAULTS = {
+    "gemma": {"max_positions": 8192, "kv_heads": 16},
+    "gemma2": {"max_positions": 8192, "kv_heads": 4},
+    "gemma3_text": {"max_positions": 131072, "kv_heads": 4},
+}
+TEXT_DEFAULTS = {"vocab_size": 262208, "num_attention_heads": 8}
+"""Of transformers' Gemma3TextConfig: the published `text_config`s leave out what equals them."""
 
 
-@ARCHITECTURES.register("gemma", "gemma2", "gemma3_text")
+def _text_part(config: Config) -> Config:
+    """The text model inside a configuration with vision."""
+    text = config.mapping("text_config")
+    config.rule(bool(text), "text_config", "is required: it holds the text model", "give a config.json of Gemma 3")
+    config.raise_problems()
+    return Config({**TEXT_DEFAULTS, **text, "model_type": "gemma3_text"}, config.name, config.where)
+
+
+@ARCHITECTURES.register("gemma", "gemma2", "gemma3", "gemma3_text")
 class Gemma:
-    """Gemma 3 with vision nests its text model under `text_config`: give that part."""
+    """Of Gemma 3 with vision the text model alone is counted; the vision encoder (0.4B) is not."""
 
     @staticmethod
     def read(config: Config) -> ModelSpec:
         """ModelSpec of a Gemma configuration."""
         generation = str(config.values["model_type"])
+        fields = decoder_fields(config, act_key="hidden_activation", act="gelu")
         newer: dict[str, Any] = {}
         if generation != "gemma":
+            config.also_called(sliding_window_pattern="_sliding_window_pattern")
+            period = config.size("sliding_window_pattern", GLOBAL_PERIOD[generation])
             newer = {
                 "num_block_norms": 4,
-                "sliding_window": config.size("sliding_window", 4096),
-                "global_layer_period": config.size("sliding_window_pattern", GLOBAL_PERIOD[generation]),
+                **window_fields(config, fields["num_layers"], default=4096, period=period),
                 "qk_norm": "head" if generation == "gemma3_text" else "none",
             }
         bias = config.flag("attention_bias", False)
         return config.spec(
             family=generation,
-            **decoder_fields(config, act_key="hidden_activation", act="gelu"),
+            **fields,
             **newer,
             tie_word_embeddings=config.flag("tie_word_embeddings", True),
             qkv_bias=bias,

@@ -19,11 +19,12 @@ class Gpt2:
     @staticmethod
     def read(config: Config) -> ModelSpec:
         """ModelSpec of a GPT-2 configuration."""
+        config.also_called(n_embd="hidden_size", n_head="num_attention_heads", n_layer="num_hidden_layers", n_positions="max_position_embeddings")
         hidden, heads = config.size("n_embd"), config.size("n_head")
         return config.spec(
             family="gpt2",
             hidden_size=hidden,
-            num_layers=config.size("n_layer"),
+            num_layers=config.layers("n_layer"),
             num_attention_heads=heads,
             num_key_value_heads=heads,
             head_dim=config.heads("n_embd", "n_head", hidden, heads),

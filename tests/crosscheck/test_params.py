@@ -14,6 +14,16 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: p
 
 NO_CLASS = {"palm"}
 """Families that transformers does not have; checked by hand below."""
+HAS_MORE_THAN_ITS_CLASS = {"mpt-1b", "mpt-3b", "mpt-7b", "mpt-13b", "mpt-30b", "mpt-70b"}
+"""transformers' MPT knows neither learned positions nor biases; llm-foundry's own counts are compared below."""
+LLM_FOUNDRY_COUNTS = {
+    ("mpt-1b", 512): 1312804864, ("mpt-1b", 2048): 1315950592, ("mpt-1b", 65536): 1445974016, ("mpt-3b", 512): 2647905280,
+    ("mpt-3b", 2048): 2651837440, ("mpt-3b", 65536): 2814366720, ("mpt-7b", 512): 6652567552, ("mpt-7b", 2048): 6658859008,
+    ("mpt-7b", 8192): 6684024832, ("mpt-7b", 65536): 6918905856, ("mpt-13b", 512): 12846090240, ("mpt-13b", 2048): 12853954560,
+    ("mpt-13b", 32768): 13011240960, ("mpt-30b", 512): 29964204032, ("mpt-30b", 2048): 29975214080, ("mpt-30b", 8192): 30019254272,
+    ("mpt-70b", 2048): 64862437376,
+}  # fmt: skip
+"""(preset, max_seq_len) -> parameters as printed in mosaicml/llm-foundry @4953182, scripts/train/benchmarking/README.md."""
 HEADS = {"bert": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}
 
 
@@ -35,6 +45,8 @@ def test_preset_has_exactly_the_parameters_of_the_real_model(name: str) -> None:
     config = preset_record(name)["config"]
     if config["model_type"] in NO_CLASS:
         pytest.skip(f"transformers has no {config['model_type']}: see test_palm_by_hand")
+    if name in HAS_MORE_THAN_ITS_CLASS:
+        pytest.skip("transformers' class has neither its positions nor its biases: see test_mpt_has_the_parameters_that_llm_foundry_printed")
     assert int(count_params(load_model(name))["total"]) == real_params(config)
 
 
@@ -50,6 +62,13 @@ def test_palm_by_hand(name: str, h: int, layers: int, heads: int) -> None:
     assert int(count_params(load_model(name))["total"]) == 256000 * h + layers * block + h
 
 
+@pytest.mark.parametrize(("name", "max_seq_len"), LLM_FOUNDRY_COUNTS)
+def test_mpt_has_the_parameters_that_llm_foundry_printed(name: str, max_seq_len: int) -> None:
+    """The position table has a row per token, so each sequence length has a count of its own."""
+    config = {**preset_record(name)["config"], "max_seq_len": max_seq_len}
+    assert int(count_params(load_model(config))["total"]) == LLM_FOUNDRY_COUNTS[name, max_seq_len]
+
+
 VARIANTS: list[dict[str, Any]] = [
     {
         "model_type": "llama",
@@ -62,6 +81,8 @@ VARIANTS: list[dict[str, Any]] = [
         "attention_bias": True,
         "mlp_bias": True,
     },
+    {"model_type": "mpt", "d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 101, "attn_config": {"alibi": True}},
+    {"model_type": "bloom", "n_embed": 64, "n_layer": 2, "num_attention_heads": 4, "vocab_size": 101},
     {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 101, "n_positions": 32, "n_inner": 100},
     {
         "model_type": "falcon",
