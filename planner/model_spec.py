@@ -61,6 +61,10 @@ class ModelSpec(Spec):
     max_position_embeddings: PositiveInt
     tie_word_embeddings: bool = False
     position: Literal["learned", "rope", "alibi", "relative", "none"] = "rope"
+    num_unused_positions: NonNegativeInt = 0
+    """Further rows of a learned position table, which no position uses (OPT)."""
+    num_position_buckets: NonNegativeInt = 0
+    """Rows of a table of relative positions (T5)."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_bias: bool = False
     activation: Literal["silu", "gelu", "relu"] = "silu"

@@ -105,7 +105,7 @@ def mla_attention(spec: ModelSpec, mla: Mla) -> Ops:
     qk = mla.qk_nope_head_dim + mla.qk_rope_head_dim
     if mla.q_lora_rank:
         queries: Ops = (
-            Linear(name="attention.q_down", in_features=h, out_features=mla.q_lora_rank, split="none", saves_input="norm"),
+            Linear(name="attention.q_down", in_features=h, out_features=mla.q_lora_rank, bias=spec.qkv_bias, split="none", saves_input="norm"),
             Norm(name="attention.q_norm", width=mla.q_lora_rank, saves_input="matmul"),
             Linear(name="attention.q_up", in_features=mla.q_lora_rank, out_features=heads * qk, saves_input="norm"),
         )
@@ -113,14 +113,21 @@ def mla_attention(spec: ModelSpec, mla: Mla) -> Ops:
         queries = (Linear(name="attention.q", in_features=h, out_features=heads * qk, saves_input="norm"),)
     return (
         *queries,
-        Linear(name="attention.kv_down", in_features=h, out_features=mla.kv_lora_rank + mla.qk_rope_head_dim, split="none", saves_input=None),
+        Linear(
+            name="attention.kv_down",
+            in_features=h,
+            out_features=mla.kv_lora_rank + mla.qk_rope_head_dim,
+            bias=spec.qkv_bias,
+            split="none",
+            saves_input=None,
+        ),
         Norm(name="attention.kv_norm", width=mla.kv_lora_rank, saves_input="matmul"),
         Linear(
             name="attention.kv_up", in_features=mla.kv_lora_rank, out_features=heads * (mla.qk_nope_head_dim + mla.v_head_dim), saves_input="norm"
         ),
         Elementwise(name="attention.rope", reads=2 * heads * mla.qk_rope_head_dim, writes=2 * heads * qk, region="tp"),
         Attention(name="attention.core", num_heads=heads, num_kv_heads=heads, head_dim=qk, v_head_dim=mla.v_head_dim, is_causal=True),
-        Linear(name="attention.out", in_features=heads * mla.v_head_dim, out_features=h, split="row", saves_input=None),
+        Linear(name="attention.out", in_features=heads * mla.v_head_dim, out_features=h, bias=spec.attention_out_bias, split="row", saves_input=None),
     )
 
 

@@ -20,10 +20,7 @@ class Mpt:
     def read(config: Config) -> ModelSpec:
         """ModelSpec of an MPT configuration."""
         config.also_called(d_model="hidden_size", n_heads="num_attention_heads", n_layers="num_hidden_layers")
-        config.also_called(d_model="hidden_size", n_heads="num_attention_heads", n_layers="num_hidden_layers")
         hidden, heads = config.size("d_model"), config.size("n_heads")
-        attention = config.mapping("attn_config")
-        has_table = config.flag("learned_pos_emb", True) and attention.get("alibi", True) is False
         attention = config.section("attn_config")
         kind = attention.text("attn_type", "multihead_attention", {name: name for name in KV_HEADS})
         bias = not config.flag("no_bias", True)

@@ -37,11 +37,11 @@ class Opt:
         return config.spec(
             family="opt",
             hidden_size=hidden,
-            num_layers=config.size("num_hidden_layers"),
+            num_layers=config.layers("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=heads,
             head_dim=config.heads("hidden_size", "num_attention_heads", hidden, heads),
-            intermediate_size=config.size("ffn_dim", 4 * hidden),
+            intermediate_size=config.size("ffn_dim"),
             vocab_size=config.size("vocab_size"),
             max_position_embeddings=config.size("max_position_embeddings", 2048),
             num_unused_positions=NUM_UNUSED_POSITIONS,
