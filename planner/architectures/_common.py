@@ -6,7 +6,7 @@ from typing import Any
 
 from planner.architectures._config import Config
 
-__all__ = ["ACTIVATIONS", "decoder_fields", "window_fields"]
+__all__ = ["ACTIVATIONS", "decoder_fields", "qwen_windows", "window_fields"]
 
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu",
@@ -45,7 +45,7 @@ def decoder_fields(
     }
 
 
-def window_fields(config: Config, num_layers: int, *, default: int = 0, period: int = 0) -> dict[str, int]:
+def window_fields(config: Config, num_layers: int, *, default: int = 0, period: int = 0) -> dict[str, Any]:
     """Which layers see a sliding window, and how wide it is.
 
     `layer_types` decides where it is given. A `sliding_window` of null means none, one left out the default.
@@ -54,7 +54,7 @@ def window_fields(config: Config, num_layers: int, *, default: int = 0, period: 
         default: window where the key is left out.
         period: every so many layers one is global; 0: none is.
     """
-    window = config.size("sliding_window", 0 if "sliding_window" in config.values else default, 0)
+    window = config.size("sliding_window", 0 if config.is_null("sliding_window") else default, 0)
     kinds = config.names("layer_types", ("full_attention", "sliding_attention"))
     if kinds is not None:
         config.rule(len(kinds) == num_layers, "layer_types", f"must name each of the {num_layers} layers", "add or remove entries, or leave it out")
@@ -65,3 +65,15 @@ def window_fields(config: Config, num_layers: int, *, default: int = 0, period: 
         is_regular = all((kind == "full_attention") == (period > 0 and (i + 1) % period == 0) for i, kind in enumerate(kinds))
         config.rule(is_regular, "layer_types", "must repeat: every n-th layer full_attention, the others sliding_attention", "leave it out")
     return {"sliding_window": window, "global_layer_period": period}
+
+
+def qwen_windows(config: Config, num_layers: int) -> dict[str, Any]:
+    """Qwen's windows: none unless `use_sliding_window`, and then in the layers from `max_window_layers` on."""
+    if not config.flag("use_sliding_window", False):
+        for key in ("sliding_window", "layer_types", "max_window_layers"):
+            config.get(key)
+        return {}
+    first = config.size("max_window_layers", 28, 0)
+    config.rule(first == 0 or first >= num_layers, "max_window_layers", "must be 0 or at least num_hidden_layers", "write 0: a window in every layer")
+    windows = window_fields(config, num_layers, default=4096)
+    return {} if first >= num_layers else windows
