@@ -113,7 +113,7 @@ def _resolve(plain: dict[str, Any], key: str) -> str:
     _refuse_unknown_number(plain, name, SHORT_FORMS.get(name, name))
     if outputs:
         raise InputError.single("key", key, "names more than one number", f"use one of {', '.join(outputs[:6])}")
-    raise unknown_name("key", key, sorted({*known, *SHORT_FORMS}), "; without a key, explain lists the main ones")
+    raise unknown_name("key", key, sorted({*known, *SHORT_FORMS}), " (without a key, explain lists the main numbers)")
 
 
 def _refuse_unknown_number(plain: dict[str, Any], name: str, full: str) -> None:

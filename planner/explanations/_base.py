@@ -146,6 +146,7 @@ _UNITS = (
     (r"_kwh$", "kWh"), (r"co2e_kg$", "kg"),
     (r"^cost\.(usd|breakdown_usd)\b", "USD"), (r"^loss\.nats_per_token\b", "nats/token"), (r"tokens$", "tokens"),
     (r"^(memory\.|violations\.).*bytes\b", "bytes"), (r"^time\.(step_s|train_s|breakdown_s|stage_\w+_s)\b", "s"), (r"_s$", "s"),
+    (r"(^|_)bytes$", "bytes"), (r"(^|_)flops$", "FLOP"), (r"(^|_)usd$", "USD"),
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from planner.architectures import model_ops
@@ -20,10 +20,10 @@ _SKIPPED = ("name", "kind", "is_expert")
 
 
 def describe_op(cost: OpCost) -> str:
-    """The op's class and sizes: `Linear in_features=4096, out_features=14336`."""
+    """The op's class and what of it is not the default: `Linear in_features=4096, out_features=14336`."""
     op: Any = cost.op
-    sizes = ", ".join(f"{name}={getattr(op, name)}" for name in op.__dataclass_fields__ if name not in _SKIPPED)
-    return f"{type(op).__name__} {sizes}"
+    said = {f.name: getattr(op, f.name) for f in fields(op) if f.name not in _SKIPPED and getattr(op, f.name) != f.default}
+    return f"{type(op).__name__} {', '.join(f'{name}={value}' for name, value in said.items())}".rstrip()
 
 
 def op_formula(cost: OpCost) -> str:
