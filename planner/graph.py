@@ -97,9 +97,21 @@ def part_runs(graph: StepGraph) -> np.ndarray:
     return np.stack([part.counts for part in graph.parts])
 
 
+@lru_cache(maxsize=4096)
+def _distinct_stages(runs: bytes, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """(runs of each distinct kind of stage [parts, kinds], kind of each stage [pp])."""
+    kinds, stages = np.unique(np.frombuffer(runs).reshape(num_parts, -1), axis=1, return_inverse=True)
+    return kinds, stages.ravel()
+
+
 def over_stages(per_part: Sequence[Array], runs: np.ndarray) -> np.ndarray:
-    """Sum over parts of a quantity per run, a number or [n] for each part, times its runs: [..., pp]."""
-    return np.asarray(np.stack(np.broadcast_arrays(*(np.asarray(value, float) for value in per_part)), axis=-1) @ runs)
+    """Sum over parts of a quantity per run, a number or [n] for each part, times its runs: [..., pp].
+
+    Parts are added one by one: a matrix product would round differently for one layout and for many.
+    """
+    kinds, stages = _distinct_stages(runs.tobytes(), len(runs))
+    totals = sum(np.multiply.outer(np.asarray(value, float), counts) for value, counts in zip(per_part, kinds, strict=True))
+    return np.asarray(np.take(totals, stages, axis=-1))
 
 
 def make_numerics(workload: Workload, stack: StackSpec, precision: Precision) -> Numerics:

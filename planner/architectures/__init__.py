@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +47,7 @@ class Architecture(Protocol):
 ARCHITECTURES: Registry[Architecture] = Registry("model_type", "planner.architectures")
 
 
+@lru_cache(maxsize=64)
 def model_ops(spec: ModelSpec) -> ModelOps:
     """Ops of `spec`, by its family."""
     return ARCHITECTURES[spec.family].ops(spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -86,7 +87,7 @@ def test_zero_never_raises_states(request: dict[str, Any], data: st.DataObject) 
     plain = with_layout(request, zero_stage=0, dp_replicate=ranks, dp_shard=1)
     assume(is_legal(plain))
     held = [states(estimate(plain))] + [states(estimate(with_layout(request, zero_stage=stage))) for stage in (1, 2, 3)]
-    for less, more in zip(held[1:], held, strict=False):
+    for more, less in pairwise(held):
         assert all(a <= b * ROUNDING for a, b in zip(less, more, strict=True))
 
 
@@ -94,7 +95,7 @@ def test_zero_never_raises_states(request: dict[str, Any], data: st.DataObject) 
 @given(requests())
 def test_recompute_trades_activations_for_time(request: dict[str, Any]) -> None:
     plans = [estimate(request | {"workload": request["workload"] | {"recompute": policy}}) for policy in ("none", "selective", "full")]
-    for less, more in zip(plans, plans[1:], strict=False):
+    for less, more in pairwise(plans):
         for one, two in zip(less.memory.stages, more.memory.stages, strict=True):
             assert two.breakdown_bytes["activations"] <= one.breakdown_bytes["activations"] * ROUNDING
         assert more.time.step_s.value >= less.time.step_s.value / ROUNDING
