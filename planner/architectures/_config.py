@@ -152,14 +152,14 @@ class Config:
         )
         return max(hidden // heads, 1)
 
-    def moe(self, per_token_key: str = "num_experts_per_tok", **fields: Any) -> Moe:
-        """The mixture of `fields`.
+    def moe(self, experts_key: str, **fields: Any) -> Moe:
+        """The mixture of `fields`, with `num_experts` read from `experts_key`.
 
         Raises:
             InputError: every problem noted so far, which may have left sizes that no mixture can have.
         """
-        num = fields["num_experts"]
-        self.rule(fields["num_experts_per_token"] <= num, per_token_key, f"must be at most the number of experts, {num}", "correct one of the two")
+        fields["num_experts"] = num = self.size(experts_key)
+        self.rule(fields["num_experts_per_token"] <= num, "num_experts_per_tok", f"must be at most {experts_key} = {num}", "correct one of the two")
         self.raise_problems()
         return build(Moe, fields, "model", self.where)
 
@@ -186,7 +186,7 @@ class Config:
             InputError: every problem noted so far.
         """
         heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
-        self.rule(heads % kv_heads == 0, kv_heads_key, f"= {kv_heads} must divide the number of attention heads, {heads}", "correct one of the two")
+        self.rule(heads % kv_heads == 0, kv_heads_key, f"{kv_heads} must divide num_attention_heads = {heads}", "correct one of the two")
         self._note_misspelt()
         self.raise_problems()
         return build(ModelSpec, {"name": self.name, **fields}, "model", self.where)

@@ -31,8 +31,7 @@ class Bert:
     def read(config: Config) -> ModelSpec:
         """ModelSpec of a BERT configuration."""
         fields = {
-            **decoder_fields(config, act="gelu"),
-            "max_position_embeddings": config.size("max_position_embeddings", 512),
+            **decoder_fields(config, act="gelu", max_positions=512),
             "attention_dropout": config.fraction("attention_probs_dropout_prob", 0.1),
         }
         return config.spec(

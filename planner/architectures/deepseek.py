@@ -10,10 +10,12 @@ from __future__ import annotations
 from planner.architectures import ARCHITECTURES, ModelOps
 from planner.architectures._blocks import block_norm, decoder, head, standard_block
 from planner.architectures._common import decoder_fields
-from planner.architectures._config import Config
-from planner.model_spec import Mla, ModelSpec, Moe
+from planner.architectures._config import MAX_LAYERS, Config
+from planner.model_spec import Mla, ModelSpec
 from planner.op_cost import Op
 from planner.ops import Linear
+
+MAX_SHARED_EXPERTS = 1000
 
 
 @ARCHITECTURES.register("deepseek_v2", "deepseek_v3")
@@ -23,28 +25,38 @@ class DeepSeek:
     @staticmethod
     def read(config: Config) -> ModelSpec:
         """ModelSpec of a DeepSeek configuration."""
-        nope, rope = config.size("qk_nope_head_dim"), config.size("qk_rope_head_dim")
+        nope, rope = config.size("qk_nope_head_dim", 128), config.size("qk_rope_head_dim", 64)
+        is_third = config.model_type == "deepseek_v3"
+        config.also_called(n_routed_experts="num_local_experts" if is_third else "num_experts")
         width = config.size("moe_intermediate_size")
-        fields = {**decoder_fields(config), "head_dim": nope + rope}
+        shared = 0 if config.is_null("n_shared_experts") else config.size("n_shared_experts", 1 if is_third else 2, 0, MAX_SHARED_EXPERTS)
+        bias = config.flag("attention_bias", False)
+        # Latent attention expands keys and values to all heads, whatever num_key_value_heads says.
+        fields = decoder_fields(config, max_positions=4096 if is_third else 2048)
+        fields |= {"head_dim": nope + rope, "num_key_value_heads": fields["num_attention_heads"]}
+        config.rule(config.size("moe_layer_freq", 1) == 1, "moe_layer_freq", "must be 1: no published model has another", "leave it out")
+        # null: queries are projected directly; left out: the class default
+        q_rank = config.size("q_lora_rank", 0 if config.is_null("q_lora_rank") else 1536, 0)
         return config.spec(
-            family=str(config.values["model_type"]),
+            family=config.model_type,
             **fields,
             tie_word_embeddings=config.flag("tie_word_embeddings", False),
-            num_mtp_layers=config.size("num_nextn_predict_layers", 0, 0),
+            qkv_bias=bias,
+            attention_out_bias=bias,
+            num_mtp_layers=config.size("num_nextn_predict_layers", 0, 0, MAX_LAYERS),
             mla=Mla(
-                q_lora_rank=config.size("q_lora_rank", 0, 0),
-                kv_lora_rank=config.size("kv_lora_rank"),
+                q_lora_rank=q_rank,
+                kv_lora_rank=config.size("kv_lora_rank", 512),
                 qk_nope_head_dim=nope,
                 qk_rope_head_dim=rope,
-                v_head_dim=config.size("v_head_dim"),
+                v_head_dim=config.size("v_head_dim", 128),
             ),
-            moe=Moe(
-                num_experts=config.size("n_routed_experts"),
+            moe=config.moe(
+                "n_routed_experts",
                 num_experts_per_token=config.size("num_experts_per_tok"),
                 intermediate_size=width,
-                shared_intermediate_size=width * config.size("n_shared_experts", 0, 0),
-                num_dense_layers=config.size("first_k_dense_replace", 0, 0),
-                layer_period=config.size("moe_layer_freq", 1),
+                shared_intermediate_size=width * shared,
+                num_dense_layers=config.size("first_k_dense_replace", 3 if is_third else 0, 0),
             ),
         )
 

@@ -38,8 +38,10 @@ class Gemma:
     @staticmethod
     def read(config: Config) -> ModelSpec:
         """ModelSpec of a Gemma configuration."""
-        generation = str(config.values["model_type"])
-        fields = decoder_fields(config, act_key="hidden_activation", act="gelu")
+        if config.model_type == "gemma3":
+            config = _text_part(config)
+        generation = config.model_type
+        fields = decoder_fields(config, act_key="hidden_activation", act="gelu", head_dim=256, **DEFAULTS[generation])
         newer: dict[str, Any] = {}
         if generation != "gemma":
             config.also_called(sliding_window_pattern="_sliding_window_pattern")

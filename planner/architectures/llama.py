@@ -7,27 +7,32 @@ from __future__ import annotations
 
 from planner.architectures import ARCHITECTURES, ModelOps
 from planner.architectures._blocks import decoder
-from planner.architectures._common import decoder_fields
+from planner.architectures._common import decoder_fields, window_fields
 from planner.architectures._config import Config
 from planner.model_spec import ModelSpec
 
 
 @ARCHITECTURES.register("llama", "mistral")
 class Llama:
-    """Also Mistral, whose sliding window is applied to every layer."""
+    """Also Mistral, whose sliding window is applied to every layer; null means none."""
 
     @staticmethod
     def read(config: Config) -> ModelSpec:
         """ModelSpec of a Llama or Mistral configuration."""
         bias = config.flag("attention_bias", False)
+        if config.model_type == "mistral":
+            fields = decoder_fields(config, max_positions=131072, kv_heads=8)
+            windows = window_fields(config, fields["num_layers"], default=4096)
+        else:
+            fields, windows = decoder_fields(config), {}
         return config.spec(
             family="llama",
-            **decoder_fields(config),
+            **fields,
+            **windows,
             tie_word_embeddings=config.flag("tie_word_embeddings", False),
             qkv_bias=bias,
             attention_out_bias=bias,
             mlp_bias=config.flag("mlp_bias", False),
-            sliding_window=config.size("sliding_window", 0, 0),
         )
 
     @staticmethod

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from planner.architectures import ARCHITECTURES, ModelOps
 from planner.architectures._blocks import decoder
-from planner.architectures._common import decoder_fields
+from planner.architectures._common import decoder_fields, window_fields
 from planner.architectures._config import Config
-from planner.model_spec import ModelSpec, Moe
+from planner.model_spec import ModelSpec
 
 
 @ARCHITECTURES.register("mixtral")
@@ -16,13 +16,15 @@ class Mixtral:
     @staticmethod
     def read(config: Config) -> ModelSpec:
         """ModelSpec of a Mixtral configuration."""
+        config.also_called(num_local_experts="num_experts")
+        fields = decoder_fields(config, max_positions=131072, kv_heads=8)
         return config.spec(
             family="mixtral",
-            **decoder_fields(config),
+            **fields,
+            **window_fields(config, fields["num_layers"]),
             tie_word_embeddings=config.flag("tie_word_embeddings", False),
-            sliding_window=config.size("sliding_window", 0, 0),
-            moe=Moe(
-                num_experts=config.size("num_local_experts", 8),
+            moe=config.moe(
+                "num_local_experts",
                 num_experts_per_token=config.size("num_experts_per_tok", 2),
                 intermediate_size=config.size("intermediate_size"),
             ),

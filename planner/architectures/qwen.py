@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from planner.architectures import ARCHITECTURES, ModelOps
 from planner.architectures._blocks import decoder
-from planner.architectures._common import decoder_fields
+from planner.architectures._common import decoder_fields, qwen_windows
 from planner.architectures._config import Config
 from planner.model_spec import ModelSpec
 
@@ -19,16 +19,17 @@ class Qwen:
     @staticmethod
     def read(config: Config) -> ModelSpec:
         """ModelSpec of a Qwen 2 or 3 configuration."""
-        is_third = config.values["model_type"] == "qwen3"
+        is_third = config.model_type == "qwen3"
         bias = config.flag("attention_bias", False)
+        fields = decoder_fields(config, max_positions=32768, kv_heads=32, head_dim=128 if is_third else None)
         return config.spec(
-            family=str(config.values["model_type"]),
-            **decoder_fields(config),
+            family=config.model_type,
+            **fields,
             tie_word_embeddings=config.flag("tie_word_embeddings", False),
             qkv_bias=bias if is_third else True,
             attention_out_bias=bias if is_third else False,
             qk_norm="head" if is_third else "none",
-            sliding_window=config.size("sliding_window", 0, 0) if config.flag("use_sliding_window", False) else 0,
+            **qwen_windows(config, fields["num_layers"]),
         )
 
     @staticmethod

@@ -33,7 +33,7 @@ class QwenMoe:
             attention_out_bias=bias if is_third else False,
             qk_norm="head" if is_third else "none",
             moe=config.moe(
-                num_experts=config.size("num_experts"),
+                "num_experts",
                 num_experts_per_token=config.size("num_experts_per_tok"),
                 intermediate_size=config.size("moe_intermediate_size"),
                 shared_intermediate_size=0 if is_third else config.size("shared_expert_intermediate_size"),

@@ -11,7 +11,6 @@ from planner.architectures._blocks import Ops, attention, block_norm, decoder, d
 from planner.architectures._config import Config
 from planner.model_spec import ModelSpec
 
-NUM_BUCKETS = 32
 FEED_FORWARD = {"relu": ("relu", False), "gated-gelu": ("gelu", True), "gated-silu": ("silu", True)}
 UNLIMITED_POSITIONS = 512
 """Relative positions have no limit; T5 was trained on so many."""
@@ -32,7 +31,7 @@ def _branch(spec: ModelSpec, name: str, inner: Ops) -> Ops:
 def _block(spec: ModelSpec, layer: int) -> Ops:
     """An encoder block, or after them a decoder block with attention to the encoder's output."""
     in_encoder, is_first = layer < spec.num_encoder_layers, layer in (0, spec.num_encoder_layers)
-    table = NUM_BUCKETS * spec.num_attention_heads if is_first else 0
+    table = spec.num_position_buckets * spec.num_attention_heads if is_first else 0
     ops = _branch(spec, "attention", attention(spec, is_causal=not in_encoder, num_bias_params=table))
     if not in_encoder:
         ops += _branch(spec, "cross", attention(spec, prefix="cross", is_causal=False))
@@ -47,12 +46,13 @@ class T5:
     @staticmethod
     def read(config: Config) -> ModelSpec:
         """ModelSpec of a T5 configuration."""
-        heads, encoder = config.size("num_heads"), config.size("num_layers")
+        config.also_called(d_model="hidden_size", num_heads="num_attention_heads", num_layers="num_hidden_layers", d_kv="head_dim")
+        heads, encoder = config.size("num_heads"), config.layers("num_layers")
         activation, is_gated = FEED_FORWARD[config.text("feed_forward_proj", "relu", {key: key for key in FEED_FORWARD})]
         return config.spec(
             family="t5",
             hidden_size=config.size("d_model"),
-            num_layers=encoder + config.size("num_decoder_layers", encoder),
+            num_layers=encoder + config.layers("num_decoder_layers", encoder),
             num_encoder_layers=encoder,
             num_attention_heads=heads,
             num_key_value_heads=heads,
@@ -62,6 +62,7 @@ class T5:
             max_position_embeddings=config.size("n_positions", UNLIMITED_POSITIONS),
             tie_word_embeddings=config.flag("tie_word_embeddings", True),
             position="relative",
+            num_position_buckets=config.size("relative_attention_num_buckets", 32),
             activation=activation,
             is_gated=is_gated,
             hidden_dropout=config.fraction("dropout_rate", 0.1),

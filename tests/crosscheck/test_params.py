@@ -50,8 +50,12 @@ def test_preset_has_exactly_the_parameters_of_the_real_model(name: str) -> None:
     assert int(count_params(load_model(name))["total"]) == real_params(config)
 
 
+INNER = {"gemma3"}
+"""With vision: read as its text part, which is a family of its own."""
+
+
 def test_every_family_is_covered_by_a_preset() -> None:
-    assert {preset_record(name)["config"]["model_type"] for name in preset_names()} == set(ARCHITECTURES)
+    assert {preset_record(name)["config"]["model_type"] for name in preset_names()} == set(ARCHITECTURES) - INNER
 
 
 @pytest.mark.parametrize(("name", "h", "layers", "heads"), [("palm-8b", 4096, 32, 16), ("palm-62b", 8192, 64, 32), ("palm-540b", 18432, 118, 48)])
