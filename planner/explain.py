@@ -19,7 +19,7 @@ from planner.explanations.time import explain_time
 from planner.plan import Request, build_request
 from planner.registry import unknown_name
 
-__all__ = ["MAIN_KEYS", "Explanation", "Input", "Term", "explain", "numeric_keys"]
+__all__ = ["MAIN_KEYS", "Explanation", "Input", "Term", "Trace", "explain", "explain_in", "numeric_keys"]
 
 MAIN_KEYS = (
     "params.total", "params.active", "flops.model_per_token", "flops.hardware_per_token", "memory.peak_bytes.value", "memory.usable_bytes",
@@ -61,7 +61,15 @@ def explain(request: Request | dict[str, Any], key: str | None = None) -> Explan
         >>> found.key, found.value, found.formula
         ('params.total', 124439808.0, 'embedding + head + block')
     """
-    trace = Trace.of(build_request(request) if isinstance(request, dict) else request)
+    return explain_in(Trace.of(build_request(request) if isinstance(request, dict) else request), key)
+
+
+def explain_in(trace: Trace, key: str | None = None) -> Explanation:
+    """`explain` of a plan that has been traced already, for many keys in a row.
+
+    Raises:
+        InputError: an unknown key, or a number that this plan does not have.
+    """
     if key is None:
         return _overview(trace)
     full = _resolve(trace.plain, key)

@@ -12,8 +12,8 @@ __all__ = ["significant", "with_unit", "wrapped"]
 MIB, MEGA = GIB / 1024, GB / 1000
 
 
-def significant(value: float, digits: int = 3) -> str:
-    """`digits` significant digits; whole numbers below a million in full.
+def significant(value: float, digits: int = 3, *, is_count: bool = True) -> str:
+    """`digits` significant digits; whole numbers below a million in full, unless they are no count.
 
     Example:
         >>> significant(0.43624), significant(4096), significant(18.2749), significant(4.8143e11)
@@ -21,7 +21,7 @@ def significant(value: float, digits: int = 3) -> str:
     """
     if not math.isfinite(value):
         return f"{value:g}"
-    if float(value).is_integer() and abs(value) < 1e6:
+    if value == 0 or (is_count and float(value).is_integer() and abs(value) < 1e6):
         return f"{value:,.0f}"
     if 1e-3 <= abs(value) < 1e6:
         rounded = round(value, digits - 1 - math.floor(math.log10(abs(value))))
@@ -42,8 +42,8 @@ def with_unit(value: float, unit: str) -> str:
         if abs(value) < MIB:
             return f"{significant(value)} bytes"
         if abs(value) < 0.1 * GIB:
-            return f"{significant(value / MIB)} MiB ({significant(value / MEGA)} MB)"
-        return f"{significant(value / GIB)} GiB ({significant(value / GB)} GB)"
+            return f"{significant(value / MIB, is_count=False)} MiB ({significant(value / MEGA, is_count=False)} MB)"
+        return f"{significant(value / GIB, is_count=False)} GiB ({significant(value / GB, is_count=False)} GB)"
     if unit == "s":
         return format_duration(value) if value else "0 s"
     if unit == "USD":

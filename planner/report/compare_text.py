@@ -64,17 +64,17 @@ def _result(row: ResultRow) -> list[Row]:
     """Values with ratio and mark; bytes in both bases, on two rows."""
     label, unit = _label(row.key), unit_of(row.key)
     if unit == "bytes" and row.key not in LABELS:
-        return [(f"{label}, GiB", _cells(row, lambda v: significant(v / GIB)))]
+        return [(f"{label}, GiB", _cells(row, lambda v: significant(v / GIB, is_count=False)))]
     if unit == "bytes":
         return [
-            (f"{label}, GiB", _cells(row, lambda v: significant(v / GIB))),
-            (f"{label}, GB", [_missing(v, lambda x: significant(x / GB)) for v in row.values]),
+            (f"{label}, GiB", _cells(row, lambda v: significant(v / GIB, is_count=False))),
+            (f"{label}, GB", [_missing(v, lambda x: significant(x / GB, is_count=False)) for v in row.values]),
         ]
     if unit == "USD":
         return [(label, _cells(row, format_usd))]
     if unit == "s":
         name, scale = next(((n, s) for n, s in (("days", DAY_S), ("h", HOUR_S)) if min(v for v in row.values if v is not None) >= s), ("s", 1.0))
-        return [(f"{label}, {name}", _cells(row, lambda v: significant(v / scale)))]
+        return [(f"{label}, {name}", _cells(row, lambda v: significant(v / scale, is_count=False)))]
     return [(label, _cells(row, significant))]
 
 
@@ -89,7 +89,7 @@ def _missing(value: float | None, show: Callable[[float], str]) -> str:
 def _cells(row: ResultRow, show: Callable[[float], str]) -> list[str]:
     cells = []
     for i, (value, ratio) in enumerate(zip(row.values, row.ratios, strict=True)):
-        beside = f" {significant(ratio)}x" if i and ratio is not None else ""
+        beside = f" {significant(ratio, is_count=False)}x" if i and ratio is not None else ""
         mark = " *" if i in row.best else "  " if row.best else ""
         cells.append(f"{_missing(value, show)}{beside}{mark}")
     return cells
