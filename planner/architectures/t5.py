@@ -39,6 +39,15 @@ def _block(spec: ModelSpec, layer: int) -> Ops:
     return (*ops, block_norm(spec, "encoder_norm")) if layer == spec.num_encoder_layers - 1 else ops
 
 
+def _name(spec: ModelSpec, layer: int) -> str:
+    """What to call the kind of block that layer `layer` is the first of."""
+    side, position, size = "encoder", layer, spec.num_encoder_layers
+    if layer >= size:
+        side, position, size = "decoder", layer - size, spec.num_layers - size
+    is_last_encoder = side == "encoder" and position == size - 1
+    return f"{side} block" + (" (first)" if position == 0 else " (last)" if is_last_encoder else "")
+
+
 @ARCHITECTURES.register("t5")
 class T5:
     """HF words: d_model, d_kv, d_ff, num_layers, num_decoder_layers, num_heads, feed_forward_proj."""
@@ -72,4 +81,6 @@ class T5:
     @staticmethod
     def ops(spec: ModelSpec) -> ModelOps:
         """Ops from embedding to loss."""
-        return decoder(spec, _block)
+        main = decoder(spec, _block)
+        blocks = tuple((_name(spec, main.layers.index(kind)), ops) for kind, (_, ops) in enumerate(main.blocks))
+        return ModelOps(main.embedding, blocks, main.layers, main.head)
