@@ -17,7 +17,7 @@ from planner.resolve import Job, resolve
 from planner.schedules import SCHEDULES, Schedule
 from planner.timing import AxisGroups, TimeBreakdown, estimate_time, make_axis_groups
 
-__all__ = ["Explanation", "Input", "Term", "Trace", "explained", "identifier", "look_up", "summed", "unit_of"]
+__all__ = ["Explanation", "Input", "Term", "Trace", "explained", "identifier", "look_up", "part_keys", "summed", "unit_of"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Trace:
         graph = build_step_graph(
             job.model, job.workload, plan.layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
         )
-        # A key is typed in a shell: `moe block` becomes `moe_block`.
-        graph = replace(graph, parts=tuple(replace(part, name=identifier(part.name)) for part in graph.parts))
+        names = part_keys([part.name for part in graph.parts])
+        graph = replace(graph, parts=tuple(replace(part, name=name) for part, name in zip(graph.parts, names, strict=True)))
         memory, time = estimate_memory(graph, job.stack, job.cluster), estimate_time(graph, job.cluster, job.efficiency)
         return cls(request, plan, plan.to_dict(), job, graph, memory, time, make_axis_groups(graph, job.cluster))
 
@@ -163,6 +163,20 @@ def unit_of(key: str) -> str:
 def identifier(name: str) -> str:
     """A name that can stand in a formula: `attention.q` -> `attention_q`."""
     return re.sub(r"\W", "_", name)
+
+
+def part_keys(names: Sequence[str]) -> list[str]:
+    """Names of parts as keys: typed in a shell without quotes, and each once.
+
+    Example:
+        >>> part_keys(["embedding", "moe block", "moe block", "head"])
+        ['embedding', 'moe_block', 'moe_block_2', 'head']
+    """
+    keys: list[str] = []
+    for name in map(identifier, names):
+        count = sum(re.fullmatch(rf"{name}(_\d+)?", key) is not None for key in keys)
+        keys.append(f"{name}_{count + 1}" if count else name)
+    return keys
 
 
 def _literal(value: float | str | None) -> str:

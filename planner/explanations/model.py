@@ -9,7 +9,7 @@ from typing import Any
 from planner.architectures import model_ops
 from planner.assemble import hardware_flops_per_token, repeated_flops
 from planner.attention_op import Attention
-from planner.explanations._base import Explanation, Input, Trace, explained, identifier, look_up, summed
+from planner.explanations._base import Explanation, Input, Trace, explained, look_up, part_keys, summed
 from planner.graph import sum_model_flops, sum_params, whole_model
 from planner.op_cost import Numerics, OpCost
 from planner.ops import GroupedLinear
@@ -52,7 +52,10 @@ def forward_flops_formula(cost: OpCost, numerics: Numerics, seq_len: float, toke
 
 def _counted(trace: Trace, seq_len: int, numerics: Numerics) -> list[tuple[str, float, OpCost]]:
     """`whole_model` with the part names of keys."""
-    return [(identifier(part), count, cost) for part, count, cost in whole_model(model_ops(trace.job.model), seq_len, numerics)]
+    listed = model_ops(trace.job.model)
+    names = part_keys([name for name, _ in listed.blocks])
+    blocks = tuple((name, ops) for name, (_, ops) in zip(names, listed.blocks, strict=True))
+    return whole_model(replace(listed, blocks=blocks), seq_len, numerics)
 
 
 def explain_params(trace: Trace, key: str) -> Explanation:

@@ -24,6 +24,10 @@ MIXTRAL = {
     "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768, "num_local_experts": 8, "num_experts_per_tok": 2,
 }  # fmt: skip
+GEMMA = {
+    "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8, "head_dim": 256,
+    "num_key_value_heads": 4, "vocab_size": 256000, "max_position_embeddings": 8192, "sliding_window": 4096,
+}  # fmt: skip
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
 
 
@@ -45,6 +49,9 @@ REQUESTS = {
     "MoE, LoRA, no price": _request(MIXTRAL, "h100-80gb-sxm", 64, {"dp_shard": 64, "ep": 8, "zero_stage": 3}, None, job="lora"),
     "single device, unfused": _request(GPT2, "a100-80gb-sxm", 1, {}, attention_kernel="unfused", seq_len=1024, optimizer="adafactor"),
     "TPU, does not fit": _request(LLAMA, "tpu-v4", 8, {"dp_shard": 1, "tp": 8, "zero_stage": 0}),
+    "two kinds of block, unfused, selective": _request(
+        GEMMA, "h100-80gb-sxm", 16, {"tp": 2, "dp_shard": 8, "zero_stage": 2}, attention_kernel="unfused", recompute="selective", seq_len=8192
+    ),
     "DualPipe": _request(
         LLAMA, "h100-80gb-sxm", 64, {"tp": 2, "pp": 4, "dp_shard": 8, "zero_stage": 1, "schedule": "dualpipe", "num_virtual_stages": 2}
     ),
