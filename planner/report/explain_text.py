@@ -26,8 +26,8 @@ def render_explanation(e: Explanation, width: int = 80) -> str:
     lines += wrapped(e.source, width, "source   ", " " * 9)
     if e.terms:
         lines += ["", *_terms(e, width)]
-    else:
-        lines += ["", *_inputs(e.inputs, width)] if e.inputs else []
+    if e.inputs and not (e.terms and set(e.formula.split(" + ")) <= {i.name for i in e.inputs}):  # the parts of a plain sum are listed once
+        lines += ["", *_inputs(e.inputs, width)]
     if e.children:
         lines += ["", "Explain next", *(f"  {child}" for child in e.children)]
     return "\n".join(lines) + "\n"
@@ -55,8 +55,7 @@ def _terms(e: Explanation, width: int) -> list[str]:
     for name, value, share, fraction in (*rows, total):
         bar = "#" * round(min(max(fraction, 0.0), 1.0) * bar_width)
         listed.append(f"  {name:<{name_width}}  {value:>{value_width}}  {share:>{share_width}}  {bar}".rstrip())
-    others = [i for i in e.inputs if i.name not in {re.sub(r"\W", "_", t.name) for t in e.terms}]
-    return ["Adds up from", *listed, *(["", *_inputs(others, width)] if others else [])]
+    return ["Adds up from", *listed]
 
 
 def _inputs(inputs: tuple[Input, ...] | list[Input], width: int) -> list[str]:
