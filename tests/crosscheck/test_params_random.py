@@ -48,8 +48,10 @@ def random_config(model_type: str, rng: random.Random) -> dict[str, Any]:
         config |= {"hidden_size": hidden, "num_attention_heads": 4}
     if model_type == "opt":
         config["word_embed_proj_dim"] = hidden
-    if model_type == "falcon" and config["num_ln_in_parallel_attn"] == 1:
-        config["parallel_attn"] = True  # the class builds the other combination, but cannot run it
+    if config.get("new_decoder_architecture"):
+        config["parallel_attn"] = True  # the class builds a serial one and one with two norms in the old style, but can run neither
+    elif model_type == "falcon":
+        del config["num_ln_in_parallel_attn"]
     return config
 
 
