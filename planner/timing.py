@@ -23,6 +23,8 @@ __all__ = [
 ]  # fmt: skip
 
 Array = Any
+ROUNDING_FRACTION = 1e-12
+"""Of the busy time: what a sum of seconds may be off by."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +257,9 @@ def estimate_time(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) ->
     busy = schedule.resident(forward + backward + weight) / schedule.parameter_copies
     slowest = np.argmax(busy, axis=-1)
     transfer_s = _pipeline_transfer_s(graph, groups, cluster) * (1 - efficiency.stack.overlap.pipeline.value)
-    # A difference of two equal sums: what rounding leaves of it may be negative.
-    bubble = np.maximum(schedule.bubble_s(forward, backward, weight, transfer_s, layout.pp, layout.num_virtual_stages, m), 0.0)
+    waits = schedule.bubble_s(forward, backward, weight, transfer_s, layout.pp, layout.num_virtual_stages, m)
+    # Without a pipeline this is the difference of two equal sums, of which rounding leaves something.
+    bubble = np.where(waits > ROUNDING_FRACTION * m * np.max(busy, axis=-1), waits, 0.0)
     on_slowest = {kind: sum(seconds * worked[i][slowest] for i, seconds in enumerate(parts)) * m for kind, parts in kinds.items()}
     on_slowest["memory_bound"] = on_slowest.pop("memory")
     return TimeBreakdown(
