@@ -14,7 +14,7 @@ from planner.memory import MemoryBreakdown
 from planner.plan import Cost, Evidence, Flops, Interval, Loss, Memory, Params, Plan, Request, StageMemory, Time, Violation, spec_to_plain
 from planner.resolve import Job
 from planner.scaling_laws import predict_loss
-from planner.timing import TimeBreakdown
+from planner.timing import TimeBreakdown, repeated_ops
 
 __all__ = ["assemble_plan", "hardware_flops_per_token", "repeated_flops"]
 
@@ -68,30 +68,32 @@ def _inputs(request: Request, job: Job, layout: Layout) -> dict[str, Any]:
 
 def _flops(job: Job, graph: StepGraph) -> Flops:
     model = model_flops_per_token(job.model, job.seq_len, job.numerics)
-    return Flops(model["full"], hardware_flops_per_token(job, graph), "full", model["causal"], model["full"] * job.tokens)
+    return Flops(
+        model["full"],
+        sum(sum(hardware_flops_per_token(job, graph, part)) for part in graph.parts),
+        "full",
+        model["causal"],
+        model["full"] * job.tokens,
+    )
 
 
-def hardware_flops_per_token(job: Job, graph: StepGraph) -> float:
-    """FLOPs as executed, over the tokens that were trained; linear in the ops of the graph."""
-    tokens_per_microbatch = float(graph.shard.micro_batch_size * graph.seq_len)
-    executed = 0.0
-    for part in graph.parts:
-        forward = float(part.total("forward_flops"))
-        again = repeated_flops(job, part)
-        backward = float(part.total("backward_input_flops") + part.total("backward_weight_flops"))
-        executed += float(np.sum(part.counts)) * (forward + backward + again)
-    # Each device of a (tp, cp) group does its share of the same tokens; copies of key-value heads count as executed.
-    return executed * graph.layout.tp * graph.layout.cp / tokens_per_microbatch
+def hardware_flops_per_token(job: Job, graph: StepGraph, part: Part) -> list[float]:
+    """FLOPs that each op of a part executes on all stages and all devices of a replica, over the tokens trained.
+
+    Each device of a (tp, cp) group does its share of the same tokens; copies of key-value heads count as executed.
+    """
+    scale = float(np.sum(part.counts)) * graph.layout.tp * graph.layout.cp / float(graph.shard.micro_batch_size * graph.seq_len)
+    again = repeated_flops(job, graph, part)
+    return [
+        scale * float(cost.forward_flops + cost.backward_input_flops + cost.backward_weight_flops + repeated)
+        for cost, repeated in zip(part.costs, again, strict=True)
+    ]
 
 
-def repeated_flops(job: Job, part: Part) -> float:
-    """Forward FLOPs of one run of a part that recompute does again."""
-    if not part.is_block or job.workload.recompute == "none":
-        return 0.0
-    if job.workload.recompute == "full":
-        return float(part.total("forward_flops"))
-    drops_scores = "scores" in job.stack.selective_recompute
-    return float(sum(cost.forward_flops for cost in part.costs if "scores" in cost.saved)) if drops_scores else 0.0
+def repeated_flops(job: Job, graph: StepGraph, part: Part) -> list[float]:
+    """Forward FLOPs of each op that one run of a part does again in its backward pass."""
+    again = repeated_ops(graph, part, job.stack)
+    return [float(cost.forward_flops) * repeats for cost, repeats in zip(part.costs, again, strict=True)]
 
 
 def _memory(job: Job, memory: MemoryBreakdown) -> Memory:

@@ -51,7 +51,9 @@ ACCELERATORS = {
 """Words of the tables that are no ids of the catalog."""
 SERIAL_BLOCK = {"use_parallel_residual": False, "attention_bias": False}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt": ("gpt2", {}), "gpt2": ("gpt2", {}), "gopher": ("gpt2", {}), "mpt": ("mpt", {}), "opt": ("opt", {}), "bloom": ("bloom", {}),
+    "gpt": ("gpt2", {}), "gpt2": ("gpt2", {}), "gopher": ("gpt2", {}),
+    "mpt": ("mpt", {"learned_pos_emb": True, "no_bias": False}),
+    "opt": ("opt", {}), "bloom": ("bloom", {}),
     "llama": ("llama", {}), "maxtext": ("llama", {}), "gemma-like": ("llama", {}), "palm": ("palm", {}),
     "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {}), "qwen3-moe": ("qwen3_moe", {}), "qwen2-moe": ("qwen2_moe", {}),
     "gemma": ("gemma", {}), "gemma2": ("gemma2", {}), "gemma3": ("gemma3_text", {}),

@@ -120,23 +120,24 @@ def explain_hardware_flops(trace: Trace, key: str) -> Explanation:
     job, graph = trace.job, trace.graph
     source = "FLOPs as executed on all devices that share a microbatch: masked blocks skipped where the kernel skips them, recompute included"
     if not path:
-        terms = {part.name: hardware_flops_per_token(job, replace(graph, parts=(part,))) for part in graph.parts}
+        terms = {part.name: sum(hardware_flops_per_token(job, graph, part)) for part in graph.parts}
         return summed(key, trace.at(key), terms, {name: f"{key}.{name}" for name in terms}, source)
     _, part, found, _ = trace.locate(key, path)
-    single = {cost.op.name: replace(part, costs=(cost,)) for cost in part.costs}
-    terms = {name: hardware_flops_per_token(job, replace(graph, parts=(only,))) for name, only in single.items()}
+    names = [cost.op.name for cost in part.costs]
+    terms = dict(zip(names, hardware_flops_per_token(job, graph, part), strict=True))
     if found is None:
         return summed(key, sum(terms.values()), terms, {name: f"{key}.{name}" for name in terms}, source)
-    names = {
+    again = dict(zip(names, repeated_flops(job, graph, part), strict=True))[found.op.name]
+    values = {
         "num_runs": (float(part.counts.sum()), f"{part.name} on all stages"),
         "forward_flops": (float(found.forward_flops), describe_op(found)),
         "backward_input_flops": (float(found.backward_input_flops), describe_op(found)),
         "backward_weight_flops": (float(found.backward_weight_flops), describe_op(found)),
-        "repeated_flops": (repeated_flops(job, single[found.op.name]), f"recompute {job.workload.recompute}"),
+        "repeated_flops": (again, f"recompute {job.workload.recompute}"),
         "tp": (graph.layout.tp, "explain inputs.layout.tp"),
         "cp": (graph.layout.cp, "explain inputs.layout.cp"),
         "tokens": (graph.layout.micro_batch_size * graph.seq_len, "micro_batch_size * seq_len"),
     }
     formula = "num_runs * (forward_flops + backward_input_flops + backward_weight_flops + repeated_flops) * tp * cp / tokens"
-    inputs = [Input(name, value, origin) for name, (value, origin) in names.items()]
+    inputs = [Input(name, value, origin) for name, (value, origin) in values.items()]
     return explained(key, terms[found.op.name], formula, inputs, source=op_formula(found))
