@@ -10,13 +10,13 @@ PIP_FLAGS ?=
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check $(PIP_FLAGS)
 
 .DEFAULT_GOAL := run
 .PHONY: run test check lint types unit readme clean
 
 run: $(VENV)/.core
-	$(BIN)/python -m planner estimate examples/llama3_70b.yaml
+	@$(BIN)/python -m planner estimate examples/llama3_70b.yaml
 
 test: $(VENV)/.dev lint types unit
 
@@ -41,19 +41,19 @@ clean:
 
 # Stamps: a second call starts at once, a change of pyproject.toml installs again.
 $(VENV)/.venv:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
 
 $(VENV)/.core: $(VENV)/.venv pyproject.toml
-	$(PIP) --editable .
-	touch $@
+	@$(PIP) --editable .
+	@touch $@
 
 # torch first and alone, so that no other requirement widens its range.
 $(VENV)/.torch: $(VENV)/.venv
-	$(if $(strip $(TORCH)),$(PIP) $(TORCH))
-	touch $@
+	@$(if $(strip $(TORCH)),$(PIP) $(TORCH))
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core $(VENV)/.torch pyproject.toml
-	$(PIP) --editable '.[dev]'
-	touch $@
+	@$(PIP) --editable '.[dev]'
+	@touch $@

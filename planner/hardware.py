@@ -222,7 +222,7 @@ class Catalog:
         if key not in self.accelerators:
             key = self.aliases.get(key.lower(), key.lower())
         if key not in self.accelerators:
-            raise unknown_name("cluster.accelerator", name, list(self.accelerators), " (see planner catalog accelerators)")
+            raise unknown_name("cluster.accelerator", name, [*self.accelerators, *self.aliases], " (see planner catalog accelerators)")
         return self.accelerators[key]
 
     def offer(self, name: str) -> Offer:
