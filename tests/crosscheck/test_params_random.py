@@ -43,7 +43,8 @@ FAMILIES: dict[str, tuple[dict[str, str], dict[str, Any], dict[str, tuple[Any, .
     "gemma3_text": (LLAMA_WORDS, {}, {**GQA, **WIDE, "sliding_window": (4, 8)}),
     "gpt_neox": (LLAMA_WORDS, {}, {"tie_word_embeddings": FLAG, "attention_bias": FLAG, "use_parallel_residual": FLAG}),
     "gpt2": (
-        {"layers": "n_layer", "heads": "n_head", "hidden": "n_embd"}, {}, {"n_positions": (16, 64), "n_inner": (None, 50), "tie_word_embeddings": FLAG},
+        {"layers": "n_layer", "heads": "n_head", "hidden": "n_embd"}, {},
+        {"n_positions": (16, 64), "n_inner": (None, 50), "tie_word_embeddings": FLAG},
     ),
     "bloom": ({"layers": "n_layer", "heads": "n_head", "hidden": "hidden_size"}, {}, {"tie_word_embeddings": FLAG}),
     "opt": (
