@@ -31,7 +31,7 @@ STACKS: tuple[tuple[str, str], ...] = (
     (r"llm-foundry|composer", "llm-foundry"),
     (r"torchtitan", "torchtitan"),
     (r"maxtext|paxml|jax|levanter|xla|neuron", "maxtext"),
-    (r"hf trainer|zero|deepspeed(?!.*megatron)|xtuner|colossalai", "deepspeed"),
+    (r"hf trainer|zero|(?<!megatron-)deepspeed|xtuner|colossalai", "deepspeed"),
     (r"megatron-deepspeed|megatron-lm|metaseq", "megatron-2021"),
     (r"nemo|megatron-bridge|nvidia|ngc", "nemo"),
     (r"megatron|megascale|hai-llm|meta internal", "megatron-core"),
