@@ -95,6 +95,8 @@ class ModelSpec(Spec):
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     moe: Moe | None = None
     mla: Mla | None = None
+    assumptions: tuple[str, ...] = ()
+    """What the family takes for granted, in words for the user."""
 
     @property
     def is_moe(self) -> bool:

@@ -89,7 +89,7 @@ def resolve(request: Request) -> Job:
 
 
 def _fill(request: Request, model: ModelSpec, cluster: Cluster, stack: StackSpec) -> Job:
-    assumptions = [*cluster.assumptions]
+    assumptions = [*cluster.assumptions, *model.assumptions]
     if request.stack is None:
         assumptions.append(f"stack {stack.name}: none was named")
     workload, precision = request.workload, get_precision(request.workload.precision)

@@ -36,6 +36,7 @@ class Bert:
         }
         return config.spec(
             family="bert",
+            assumptions=("the head runs on every position, masked or not",),
             **fields,
             tie_word_embeddings=config.flag("tie_word_embeddings", True),
             position="learned",

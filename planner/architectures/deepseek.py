@@ -30,6 +30,7 @@ class DeepSeek:
         config.also_called(n_routed_experts="num_local_experts" if is_third else "num_experts")
         width = config.size("moe_intermediate_size")
         shared = 0 if config.is_null("n_shared_experts") else config.size("n_shared_experts", 1 if is_third else 2, 0, MAX_SHARED_EXPERTS)
+        num_mtp = config.size("num_nextn_predict_layers", 0, 0, MAX_LAYERS)
         bias = config.flag("attention_bias", False)
         # Latent attention expands keys and values to all heads, whatever num_key_value_heads says.
         fields = decoder_fields(config, max_positions=4096 if is_third else 2048)
@@ -43,7 +44,8 @@ class DeepSeek:
             tie_word_embeddings=config.flag("tie_word_embeddings", False),
             qkv_bias=bias,
             attention_out_bias=bias,
-            num_mtp_layers=config.size("num_nextn_predict_layers", 0, 0, MAX_LAYERS),
+            num_mtp_layers=num_mtp,
+            assumptions=(f"{num_mtp} multi-token prediction layer(s) trained beside the main model",) if num_mtp else (),
             mla=Mla(
                 q_lora_rank=q_rank,
                 kv_lora_rank=config.size("kv_lora_rank", 512),

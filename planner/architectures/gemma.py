@@ -38,8 +38,9 @@ class Gemma:
     @staticmethod
     def read(config: Config) -> ModelSpec:
         """ModelSpec of a Gemma configuration."""
+        notes: tuple[str, ...] = ()
         if config.model_type == "gemma3":
-            config = _text_part(config)
+            config, notes = _text_part(config), ("text model only: the vision encoder is left out",)
         generation = config.model_type
         fields = decoder_fields(config, act_key="hidden_activation", act="gelu", head_dim=256, **DEFAULTS[generation])
         newer: dict[str, Any] = {}
@@ -54,6 +55,7 @@ class Gemma:
         bias = config.flag("attention_bias", False)
         return config.spec(
             family=generation,
+            assumptions=notes,
             **fields,
             **newer,
             tie_word_embeddings=config.flag("tie_word_embeddings", True),

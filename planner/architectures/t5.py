@@ -60,6 +60,7 @@ class T5:
         activation, is_gated = FEED_FORWARD[config.text("feed_forward_proj", "relu", {key: key for key in FEED_FORWARD})]
         return config.spec(
             family="t5",
+            assumptions=("encoder and decoder see seq_len tokens each",),
             hidden_size=config.size("d_model"),
             num_layers=encoder + config.layers("num_decoder_layers", encoder),
             num_encoder_layers=encoder,

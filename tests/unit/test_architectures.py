@@ -36,7 +36,8 @@ def attempt(config: object) -> ModelSpec | str:
 
 
 def same_but_name(left: ModelSpec, right: ModelSpec) -> bool:
-    return left.model_copy(update={"name": ""}) == right.model_copy(update={"name": ""})
+    untold = {"name": "", "assumptions": ()}
+    return left.model_copy(update=untold) == right.model_copy(update=untold)
 
 
 # The keys that decide something, as the files on the hub spell them, and what surrounds them that could be mistaken.
@@ -108,6 +109,12 @@ def test_published_file_reads_as_the_preset(name: str, tmp_path: Path) -> None:
     assert spec.name == name
     assert same_but_name(spec, load_model(name))
     assert count_params(spec)["total"] == preset_record(name)["params"]
+
+
+def test_what_is_left_out_is_said() -> None:
+    assert "vision" in load_model(PUBLISHED["gemma-3-12b"]).assumptions[0]
+    assert "prediction" in load_model(preset_record("deepseek-v3")["config"] | {"num_nextn_predict_layers": 1}).assumptions[0]
+    assert load_model("llama-3.1-8b").assumptions == ()
 
 
 def test_released_mpt_has_alibi_though_its_file_asks_for_learned_positions() -> None:
