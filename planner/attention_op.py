@@ -75,9 +75,11 @@ class Attention:
             backward_bytes = 2 * b * (q + k + v + out) + matrix * (8 if self.has_dropout else 6)
             workspace = 2 * matrix
         params = float(self.num_sinks + self.num_bias_params)
+        is_frozen = numerics.lora_rank > 0
         return OpCost(
             self,
-            vector_params=params,
+            vector_params=0.0 if is_frozen else params,
+            frozen_params=params if is_frozen else 0.0,
             active_params=params,
             model_forward_flops=full,
             causal_forward_flops=full * self.pairs_fraction(s),

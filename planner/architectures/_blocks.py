@@ -126,7 +126,9 @@ def mla_attention(spec: ModelSpec, mla: Mla) -> Ops:
             name="attention.kv_up", in_features=mla.kv_lora_rank, out_features=heads * (mla.qk_nope_head_dim + mla.v_head_dim), saves_input="norm"
         ),
         Elementwise(name="attention.rope", reads=2 * heads * mla.qk_rope_head_dim, writes=2 * heads * qk, region="tp"),
-        Attention(name="attention.core", num_heads=heads, num_kv_heads=heads, head_dim=qk, v_head_dim=mla.v_head_dim, is_causal=True),
+        Attention(
+            name="attention.core", num_heads=heads, num_kv_heads=heads, head_dim=qk, v_head_dim=mla.v_head_dim, has_dropout=spec.attention_dropout > 0
+        ),
         Linear(name="attention.out", in_features=heads * mla.v_head_dim, out_features=h, bias=spec.attention_out_bias, split="row", saves_input=None),
     )
 
@@ -166,7 +168,11 @@ def mixture(spec: ModelSpec, moe: Moe) -> Ops:
     if moe.shared_intermediate_size:
         ops += feed_forward(spec, width=moe.shared_intermediate_size, prefix="shared", input_kept=False)
         if moe.has_shared_gate:
-            ops += (Linear(name="shared_gate", in_features=h, out_features=1, split="none", saves_input=None, is_adapted=False),)
+            ops += (
+                Linear(name="shared_gate", in_features=h, out_features=1, split="none", saves_input=None, is_adapted=False),
+                # the gate's gradient needs what it scales
+                Elementwise(name="shared.scale", reads=h, writes=h, saves=(("matmul", h),)),
+            )
         ops += residual(spec, "shared.add")
     return ops
 

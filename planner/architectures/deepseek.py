@@ -1,8 +1,9 @@
 """DeepSeek V2 and V3: multi-head latent attention, shared and routed experts, dense first layers, multi-token prediction.
 
-Sources: arXiv:2405.04434, 2412.19437. The published 671B of V3 leave out its multi-token prediction layer; with
-`num_nextn_predict_layers: 1` that layer (11.5B) is counted and trained too. V3's router correction bias is no parameter: it is not trained
-by gradients.
+Sources: arXiv:2405.04434, 2412.19437. The published 671B of V3 leave out its multi-token prediction layer, and so does
+transformers; with `num_nextn_predict_layers: 1` its 11.6B are counted and trained too. The 685B of the published files are
+both, and the prediction layer's own copies of embedding and head (2 * 0.93B): 671.03 + 11.61 + 1.85 = 684.49. V3's router
+correction bias is no parameter (a buffer in transformers): gradients do not train it.
 """
 
 from __future__ import annotations
