@@ -103,15 +103,13 @@ def _memory(job: Job, memory: MemoryBreakdown) -> Memory:
         for stage in range(memory.total_bytes.shape[-1])
     )
     peak = stages[peak_stage].total_bytes
-    spread = job.stack.memory_interval_fraction
-    return Memory(
-        Interval(peak, peak * (1 - spread), peak * (1 + spread)), usable, peak <= usable, peak_stage, stages[peak_stage].breakdown_bytes, stages
-    )
+    interval = Interval.around(peak, job.stack.memory_interval)
+    return Memory(interval, usable, peak <= usable, peak_stage, stages[peak_stage].breakdown_bytes, stages)
 
 
 def _time(job: Job, graph: StepGraph, time: TimeBreakdown, cost: CostBreakdown, flops: Flops) -> Time:
-    step_s, spread = float(time.step_s), job.stack.time_interval_fraction
-    interval = Interval(step_s, step_s * (1 - spread), step_s * (1 + spread))
+    step_s = float(time.step_s)
+    interval = Interval.around(step_s, job.stack.time_interval)
     tokens_per_s = job.global_batch_size * job.seq_len / step_s
     per_device = tokens_per_s / job.cluster.num_devices
     peak = job.efficiency.peak_flops_per_s(job.precision.matmul_rate)
@@ -148,8 +146,8 @@ def _loss(job: Job, params: Params) -> tuple[Loss | None, list[str]]:
 
 
 def _cost(job: Job, cost: CostBreakdown, goodput: Goodput) -> Cost:
-    offer, spread = job.cluster.offer, job.stack.time_interval_fraction
-    usd = None if cost.usd is None else Interval(cost.usd, cost.usd * (1 - spread), cost.usd * (1 + spread))
+    offer = job.cluster.offer
+    usd = None if cost.usd is None else Interval.around(cost.usd, job.stack.time_interval)
     price: dict[str, Any] | None = None
     breakdown: dict[str, float] = {}
     if cost.usd is not None and cost.idle_device_usd is not None and cost.lost_time_usd is not None:
@@ -185,10 +183,11 @@ def _violations(memory: Memory) -> tuple[Violation, ...]:
 
 def _standing_assumptions(job: Job, goodput: Goodput) -> list[str]:
     """What every plan of this kind rests on."""
+    spreads = {"step time": job.stack.time_interval, "memory": job.stack.memory_interval}
     notes = [
         f"goodput {goodput.fraction:.3f}: 4 failures per 1000 node-days, 10 min to restart, 30 s stall per checkpoint",
         "energy: boards at 80% of rated power, 240 W per device for the host, PUE 1.15, 475 g CO2e/kWh (world average)",
-        f"intervals: step time +-{job.stack.time_interval_fraction:.0%}, memory +-{job.stack.memory_interval_fraction:.0%}, assumed",
+        *(f"interval of {name}: x{s.low:g} to x{s.high:g}, {s.evidence} ({s.source})" for name, s in spreads.items()),
     ]
     if job.cluster.accelerator.power_watts is None:
         notes.append(f"energy counts the hosts only: the board power of {job.cluster.accelerator.id} is not published")

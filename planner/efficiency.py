@@ -46,6 +46,15 @@ class Coefficient(Spec):
     source: str = Field(min_length=4)
 
 
+class Spread(Spec):
+    """The 80% interval of a prediction, as factors: 10th and 90th percentile of measured over predicted, at least around 1."""
+
+    low: float = Field(gt=0, le=1)
+    high: float = Field(ge=1, le=10)
+    evidence: Evidence
+    source: str = Field(min_length=4)
+
+
 class Overlap(Spec):
     """Share of each kind of communication that the stack can hide behind compute, where there is enough of it."""
 
@@ -100,9 +109,8 @@ class StackSpec(Spec):
     """Device memory of the communication library, more than one device."""
     allocator_slack_fraction: Fraction
     """Reserved above allocated memory, over allocated."""
-    time_interval_fraction: Fraction
-    """Half width of the 80% interval of the step time."""
-    memory_interval_fraction: Fraction
+    time_interval: Spread
+    memory_interval: Spread
 
 
 def stack_names() -> list[str]:

@@ -120,7 +120,7 @@ def complete_layout(job: Job, given: PartialLayout) -> tuple[Layout, list[str]]:
     if not len(table):
         raise _no_layout(job, given)
     prices = price_layouts(job, table)
-    is_safe = prices.peak_bytes * (1 + job.stack.memory_interval_fraction) <= job.cluster.accelerator.memory_bytes
+    is_safe = prices.peak_bytes * job.stack.memory_interval.high <= job.cluster.accelerator.memory_bytes
     among = f"of {len(table):,} legal ones"
     if is_safe.any():
         best, found = _fastest(prices, is_safe), f"layout: the fastest {among} that fits even at the upper bound of its memory"

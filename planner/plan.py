@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from planner.efficiency import Spread
 from planner.errors import InputError
 from planner.files import parse_json, parse_yaml, read_text, to_yaml, write_text
 from planner.hardware import ClusterSpec
@@ -86,6 +87,11 @@ class Interval:
     value: float
     low: float
     high: float
+
+    @classmethod
+    def around(cls, value: float, spread: Spread) -> Interval:
+        """`value` with the bounds that a stack's residuals give it."""
+        return cls(value, value * spread.low, value * spread.high)
 
     def scaled(self, factor: float) -> Interval:
         """Each bound times `factor`."""

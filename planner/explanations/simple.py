@@ -245,15 +245,15 @@ def explain_formula(trace: Trace, key: str) -> Explanation:
 
 
 def explain_interval(trace: Trace, key: str) -> Explanation:
-    """The bounds of the intervals of memory, time and money: value times 1 -+ the stack's half width."""
+    """The bounds of the intervals of memory, time and money: value times what the stack's residuals say."""
     name, bound = key.rsplit(".", 1)
-    which = "memory_interval_fraction" if key.startswith("memory.") else "time_interval_fraction"
     stack = trace.job.stack
+    spread = stack.memory_interval if key.startswith("memory.") else stack.time_interval
     inputs = [
         trace.input("value", f"{name}.value"),
-        Input("half_width_fraction", getattr(stack, which), f"{which} of stack {stack.name}: {stack.source}"),
+        Input("factor", getattr(spread, bound), f"{spread.evidence}, stack {stack.name}: {spread.source}"),
     ]
-    formula = f"value * (1 {'-' if bound == 'low' else '+'} half_width_fraction)"
+    formula = "value * factor"
     return explained(key, trace.at(key), formula, inputs, children=[f"{name}.value"], source="80% interval")
 
 
