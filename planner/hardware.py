@@ -26,6 +26,7 @@ __all__ = ["Accelerator", "Catalog", "Cluster", "ClusterSpec", "Link", "Offer", 
 
 Pricing = Literal["on_demand", "spot", "reserved_1y", "reserved_3y"]
 STALE_DAYS = 90
+SEE_CATALOG = " (see planner catalog accelerators)"
 PRICE_DATE = re.compile(r"(\d{4})(?:-(\d{2})(?:-(\d{2}))?)?")
 
 
@@ -222,7 +223,12 @@ class Catalog:
         if key not in self.accelerators:
             key = self.aliases.get(key.lower(), key.lower())
         if key not in self.accelerators:
-            raise unknown_name("cluster.accelerator", name, [*self.accelerators, *self.aliases], " (see planner catalog accelerators)")
+            by_alias = [self.aliases[alias] for alias in nearest(name, self.aliases, 2)]
+            close = dict.fromkeys([*by_alias, *nearest(name, self.accelerators)])
+            if not close:
+                raise unknown_name("cluster.accelerator", name, list(self.accelerators), SEE_CATALOG)
+            rule = f"must be one of {len(self.accelerators)} known names, or an alias of one"
+            raise InputError.single("cluster.accelerator", name, rule, f"did you mean {', '.join(close)}?{SEE_CATALOG}")
         return self.accelerators[key]
 
     def offer(self, name: str) -> Offer:
