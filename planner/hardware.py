@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, field_serializer, model_validator
 
 from planner.catalog_files import Entries, add_entries, read_aliases, read_entries
-from planner.errors import InputError, Problem
+from planner.errors import InputError, Problem, nearest
 from planner.files import DATA_DIR
 from planner.registry import unknown_name
 from planner.spec import Bytes, BytesPerSecond, FlopsPerSecond, NonNegativeInt, PositiveInt, Seconds, Spec, UsdPerHour, Watts, build
