@@ -82,8 +82,12 @@ def _verdict(plan: Plan, width: int) -> str:
     if plan.loss is not None:
         loss, perplexity = plan.loss.nats_per_token, plan.loss.perplexity
         lines.append(f"LOSS   {_range(loss, lambda x: f'{x:.2f}')} nats per token, perplexity {_range(perplexity, lambda x: f'{x:.1f}')}")
-    lines.append(f"ENERGY {format_si(cost.energy_kwh * 1000, 'Wh')}, {format_si(cost.co2e_kg / 1000, 't')} CO2e")
+    lines.append(f"ENERGY {format_si(cost.energy_kwh * 1000, 'Wh')}, {_mass(cost.co2e_kg)} CO2e")
     return "\n".join(_wrapped(line, width, " " * 7) for line in lines)
+
+
+def _mass(kilograms: float) -> str:
+    return format_si(kilograms / 1000, "t") if kilograms >= 1000 else f"{kilograms:.3g} kg"
 
 
 def _range(interval: Interval, show: Callable[[float], str]) -> str:
