@@ -183,8 +183,8 @@ class Norm:
     """LayerNorm or RMSNorm over `width` features; keeps its input, from which the backward pass starts again.
 
     Formula: forward reads and writes the tensor; backward reads it, the incoming gradient, and writes one. Without a fused
-    kernel RMSNorm runs as five elementwise kernels, about three times the traffic. Left out: mean and rstd (4 bytes
-    a row each).
+    kernel RMSNorm runs as five elementwise kernels, about three times the traffic, and keeps a copy of its input in fp32 and
+    the normed tensor before the weight (HF's eager modules). Left out: mean and rstd (4 bytes a row each).
     """
 
     name: str
@@ -194,6 +194,8 @@ class Norm:
     weight: bool = True
     weight_width: int | None = None
     """Elements of the weight, where they differ from `width`."""
+    is_rms: bool = True
+    """LayerNorm is one kernel in every stack."""
     region: Region = "local"
     saves_input: Producer | None = "residual"
     kind: str = field(default="memory", init=False)
@@ -202,9 +204,13 @@ class Norm:
     def cost(self, shard: Shard, numerics: Numerics) -> OpCost:
         """See `Op.cost`."""
         elements = shard.region_tokens(self.region) / shard.region_split(self.region) * self.num_rows_per_token * self.width
-        moved = elements * numerics.compute_bytes * (1 if numerics.fused_norm else 3)
+        is_fused = numerics.fused_norm or not self.is_rms
+        moved = elements * numerics.compute_bytes * (1 if is_fused else 3)
         params = float((self.weight_width or self.width) * (self.weight + self.bias))
         is_frozen = numerics.lora_rank > 0
+        saved: dict[Producer, Array] = {self.saves_input: elements * numerics.compute_bytes} if self.saves_input else {}
+        if not is_fused:
+            saved = {self.saves_input or "norm": elements * (4.0 + (0.0 if is_frozen else numerics.compute_bytes))}
         return OpCost(
             self,
             vector_params=0.0 if is_frozen else params,
@@ -212,8 +218,8 @@ class Norm:
             active_params=params,
             forward_bytes=2.0 * moved,
             backward_bytes=3.0 * moved,
-            saved={self.saves_input: elements * numerics.compute_bytes} if self.saves_input else {},
-            num_kernels=1 if numerics.fused_norm else 5,
+            saved=saved,
+            num_kernels=1 if is_fused else 5,
         )
 
 
@@ -233,8 +239,8 @@ class Elementwise:
     saves: tuple[tuple[Producer, float], ...] = ()
     saves_bytes: tuple[tuple[Producer, float], ...] = ()
     params: int = 0
-    is_fused_away: bool = False
-    """Runs inside a neighbour where the stack fuses activations."""
+    num_between: float = 0.0
+    """Features per token between the two kernels that this is where the stack does not fuse activations (silu of the gate)."""
     tokens_scale: float = 1.0
     kind: str = field(default="memory", init=False)
     is_expert: bool = False
@@ -248,22 +254,24 @@ class Elementwise:
         else:
             rows = shard.region_tokens(self.region) * self.tokens_scale / shard.region_split(self.region)
         b = numerics.compute_bytes
-        is_fused = self.is_fused_away and numerics.fused_activation
+        between = 0.0 if numerics.fused_activation else self.num_between
         saved: dict[Producer, Array] = {}
         for producer, width in self.saves:
             saved[producer] = saved.get(producer, 0.0) + rows * width * b
         for producer, num_bytes in self.saves_bytes:
             saved[producer] = saved.get(producer, 0.0) + rows * num_bytes
+        if between:
+            saved["activation"] = saved.get("activation", 0.0) + rows * between * b
         is_frozen = numerics.lora_rank > 0
         return OpCost(
             self,
             vector_params=0.0 if is_frozen else float(self.params),
             frozen_params=float(self.params) if is_frozen else 0.0,
             active_params=float(self.params),
-            forward_bytes=0.0 * rows if is_fused else b * rows * (self.reads + self.writes),
-            backward_bytes=0.0 * rows if is_fused else b * rows * (self.writes + 2 * self.reads),
+            forward_bytes=b * rows * (self.reads + self.writes + 2 * between),
+            backward_bytes=b * rows * (self.writes + 2 * self.reads + 3 * between),
             saved=saved,
-            num_kernels=0 if is_fused else 1,
+            num_kernels=2 if between else 1,
         )
 
 

@@ -41,7 +41,8 @@ def embedding(spec: ModelSpec) -> Ops:
 
 def block_norm(spec: ModelSpec, name: str, saves_input: Producer | None = "residual") -> Norm:
     """A norm over the hidden size."""
-    return Norm(name=name, width=spec.hidden_size, bias=spec.norm == "layernorm" and spec.norm_bias, saves_input=saves_input)
+    is_rms = spec.norm == "rmsnorm"
+    return Norm(name=name, width=spec.hidden_size, bias=not is_rms and spec.norm_bias, is_rms=is_rms, saves_input=saves_input)
 
 
 def dropout(spec: ModelSpec, name: str) -> Ops:
@@ -69,6 +70,7 @@ def attention(
     h, d = spec.hidden_size, spec.head_dim
     heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
     normed: Producer = "norm"
+    is_rms = spec.norm == "rmsnorm"
     ops: Ops = (
         Linear(name=f"{prefix}.q", in_features=h, out_features=heads * d, bias=spec.qkv_bias, saves_input=normed if input_kept else None),
         Linear(name=f"{prefix}.k", in_features=h, out_features=kv_heads * d, bias=spec.qkv_bias, saves_input=None, min_out=d),
@@ -76,13 +78,13 @@ def attention(
     )
     if spec.qk_norm == "head":
         ops += (
-            Norm(name=f"{prefix}.q_norm", width=d, num_rows_per_token=heads, region="tp", saves_input="matmul"),
-            Norm(name=f"{prefix}.k_norm", width=d, num_rows_per_token=kv_heads, region="tp", saves_input="matmul"),
+            Norm(name=f"{prefix}.q_norm", width=d, num_rows_per_token=heads, is_rms=is_rms, region="tp", saves_input="matmul"),
+            Norm(name=f"{prefix}.k_norm", width=d, num_rows_per_token=kv_heads, is_rms=is_rms, region="tp", saves_input="matmul"),
         )
     elif spec.qk_norm == "full":
         ops += (
-            Norm(name=f"{prefix}.q_norm", width=heads * d, region="tp", saves_input="matmul"),
-            Norm(name=f"{prefix}.k_norm", width=kv_heads * d, region="tp", saves_input="matmul"),
+            Norm(name=f"{prefix}.q_norm", width=heads * d, is_rms=is_rms, region="tp", saves_input="matmul"),
+            Norm(name=f"{prefix}.k_norm", width=kv_heads * d, is_rms=is_rms, region="tp", saves_input="matmul"),
         )
     if spec.position == "rope":
         width = (heads + kv_heads) * d
@@ -141,7 +143,9 @@ def feed_forward(spec: ModelSpec, *, width: int | None = None, prefix: str = "ml
     if spec.is_gated:
         up += (Linear(name=f"{prefix}.gate", in_features=h, out_features=f, bias=spec.mlp_bias, saves_input=None),)
     branches = 2 if spec.is_gated else 1
-    act = Elementwise(name=f"{prefix}.activation", reads=branches * f, writes=f, region="tp", saves=(("matmul", branches * f),))
+    act = Elementwise(
+        name=f"{prefix}.activation", reads=branches * f, writes=f, region="tp", saves=(("matmul", branches * f),), num_between=f * (branches - 1)
+    )
     return (*up, act, Linear(name=f"{prefix}.down", in_features=f, out_features=h, bias=spec.mlp_bias, split="row", saves_input="activation"))
 
 
@@ -159,7 +163,14 @@ def mixture(spec: ModelSpec, moe: Moe) -> Ops:
         Collective(name="experts.dispatch", pattern="exchange", width=h, copies_per_token=k),
         *up,
         Elementwise(
-            name="experts.activation", reads=branches * f, writes=f, region="tp", saves=(("matmul", branches * f),), tokens_scale=k, is_expert=True
+            name="experts.activation",
+            reads=branches * f,
+            writes=f,
+            region="tp",
+            saves=(("matmul", branches * f),),
+            num_between=f * (branches - 1),
+            tokens_scale=k,
+            is_expert=True,
         ),
         GroupedLinear(name="experts.down", in_features=f, out_features=h, split="row", saves_input="activation", **sizes),  # type: ignore[arg-type]
         Collective(name="experts.combine", pattern="exchange", width=h, copies_per_token=k),
