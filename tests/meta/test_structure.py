@@ -115,6 +115,7 @@ def test_float_fields_carry_their_unit(path: Path) -> None:
                     "Optimizer",
                     "LossLaw",
                     "Linear",
+                    "Elementwise",
                     "Embedding",
                     "Norm",
                     "Loss",
