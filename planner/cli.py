@@ -11,7 +11,7 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
 from typer.exceptions import TyperException
@@ -30,34 +30,6 @@ app = typer.Typer(
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 PlanFile = Annotated[str | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; options below change it.")]
-
-MODEL_KEYS = {"model": "model", "stack": "stack", "catalog": "catalog"}
-WORKLOAD_KEYS = (
-    "job",
-    "seq_len",
-    "global_batch_size",
-    "tokens",
-    "precision",
-    "optimizer",
-    "recompute",
-    "attention_kernel",
-    "loss_kernel",
-    "lora_rank",
-)
-CLUSTER_KEYS = ("accelerator", "num_devices", "offer", "pricing", "price", "node_size", "network", "domain_size")
-LAYOUT_KEYS = (
-    "dp_replicate",
-    "dp_shard",
-    "tp",
-    "cp",
-    "pp",
-    "num_virtual_stages",
-    "schedule",
-    "ep",
-    "zero_stage",
-    "sequence_parallel",
-    "micro_batch_size",
-)
 
 
 @app.command(epilog="Example: planner estimate --model llama-3.1-8b --accelerator h100 --num-devices 64 --tokens 1T")
@@ -149,49 +121,40 @@ def _scalar(text: str) -> Any:
 
 def _request(path: str | None, given: dict[str, str]) -> Any:
     """The plan file with the options put in, as a Request."""
-    from planner.files import parse_json, parse_yaml, read_text
-    from planner.plan import build_request
+    from planner.plan import build_request, read_plan_file
 
-    values: Any = {}
-    where = path or "command line"
-    if path is not None:
-        text = read_text(path)
-        values = parse_json(text, path) if path.endswith(".json") else parse_yaml(text, path)
-        if isinstance(values, dict) and isinstance(values.get("inputs"), dict):
-            values = values["inputs"]
-    elif not given:
+    if path is None and not given:
         raise InputError.single("model", None, "is required", "name a plan file, or use --model, --accelerator and --num-devices")
+    values = {} if path is None else read_plan_file(path)
+    where = path or "command line"
     if not isinstance(values, dict):
         return build_request(values, where)
     values = dict(values)
+    places = _places()
     for name, text in given.items():
-        section = next((s for s, keys in (("workload", WORKLOAD_KEYS), ("cluster", CLUSTER_KEYS), ("layout", LAYOUT_KEYS)) if name in keys), None)
+        section, is_text = places.get(name, (None, True))
+        value = f"{text} USD/h" if name == "price" and not any(c.isalpha() for c in text) else text if is_text else _scalar(text)
         if section is None:
-            values[name] = text
-            continue
-        inner = values.get(section)
-        values[section] = {**(inner if isinstance(inner, dict) else {}), name: _option_value(name, text)}
+            values[name] = value
+        else:
+            inner = values.get(section)
+            values[section] = {**(inner if isinstance(inner, dict) else {}), name: value}
     return build_request(values, where)
 
 
-def _option_value(name: str, text: str) -> Any:
-    if name == "price":
-        return text if any(c.isalpha() for c in text) else f"{text} USD/h"
-    if name in (
-        "accelerator",
-        "offer",
-        "network",
-        "pricing",
-        "schedule",
-        "precision",
-        "optimizer",
-        "recompute",
-        "job",
-        "attention_kernel",
-        "loss_kernel",
-    ):
-        return text
-    return _scalar(text)
+def _places() -> dict[str, tuple[str, bool]]:
+    """Option -> (section of the plan that it belongs to, whether its value is text whatever it looks like)."""
+    from planner.hardware import ClusterSpec
+    from planner.layout import PartialLayout
+    from planner.workload import Workload
+
+    found = {}
+    for section, kind in (("workload", Workload), ("cluster", ClusterSpec), ("layout", PartialLayout)):
+        for name, field in kind.model_fields.items():
+            kinds = get_args(field.annotation) or (field.annotation,)
+            is_text = any(k is str or (get_origin(k) is Literal and isinstance(get_args(k)[0], str)) for k in (*kinds, field.annotation))
+            found[field.alias or name] = (section, is_text or field.alias is not None)
+    return found
 
 
 def _width() -> int:

@@ -18,19 +18,7 @@ __all__ = ["complete_layout", "layout_space"]
 LONG_SEQ_LEN = 16384
 """Context parallelism is tried from here on."""
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-COLUMNS = (
-    "dp_replicate",
-    "dp_shard",
-    "tp",
-    "cp",
-    "pp",
-    "num_virtual_stages",
-    "schedule",
-    "ep",
-    "zero_stage",
-    "sequence_parallel",
-    "micro_batch_size",
-)
+COLUMNS = tuple(Layout.model_fields)
 
 
 def _divisors(number: int) -> list[int]:

@@ -67,17 +67,24 @@ def build_request(values: Any, where: str = "") -> Request:
     return build(Request, values, "", where)
 
 
+def read_plan_file(path: str | Path) -> Any:
+    """The plain data of a plan file: YAML, JSON, or the `inputs` of what `estimate --json` printed.
+
+    Raises:
+        InputError: unreadable file.
+    """
+    text = read_text(path)
+    values = parse_json(text, str(path)) if str(path).endswith(".json") else parse_yaml(text, str(path))
+    return values["inputs"] if isinstance(values, dict) and isinstance(values.get("inputs"), dict) else values
+
+
 def load_plan(path: str | Path) -> Request:
     """The request in a plan file, YAML or JSON; predictions in it are ignored.
 
     Raises:
         InputError: unreadable file or a wrong request.
     """
-    text = read_text(path)
-    values = parse_json(text, str(path)) if str(path).endswith(".json") else parse_yaml(text, str(path))
-    if isinstance(values, dict) and isinstance(values.get("inputs"), dict):  # the output of `estimate --json`
-        values = values["inputs"]
-    return build_request(values, str(path))
+    return build_request(read_plan_file(path), str(path))
 
 
 @dataclass(frozen=True)
