@@ -94,6 +94,8 @@ class StackSpec(Spec):
     """Recomputing a block ends once every tensor of the backward pass is there again: its last matmul is not repeated."""
     matmul: Coefficient
     """Rate of large matmuls in a training step over the best rate measured alone (hot devices, power limit)."""
+    matmul_per_device: dict[str, Coefficient] = Field(default_factory=dict)
+    """Accelerator id -> rate of large matmuls in a training step over the dense peak, where it was fitted for the pair."""
     grouped_matmul: Coefficient
     """The same for expert matmuls, over `matmul`."""
     attention: Coefficient
@@ -194,6 +196,9 @@ class Efficiency:
     @property
     def matmul_peak_fraction(self) -> Coefficient:
         """Rate of a large, well-shaped matmul in a training step over the dense peak."""
+        fitted = self.stack.matmul_per_device.get(self.accelerator.id)
+        if fitted is not None:
+            return fitted
         measured = self.accelerator.matmul_max_fraction
         rate = self.precision.matmul_rate
         best = measured.get(rate, measured.get("bf16", UNMEASURED_MATMUL_FRACTION))

@@ -54,7 +54,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt": ("gpt2", {}), "gpt2": ("gpt2", {}), "gopher": ("gpt2", {}),
     "mpt": ("mpt", {"learned_pos_emb": True, "no_bias": False}),
     "opt": ("opt", {}), "bloom": ("bloom", {}),
-    "llama": ("llama", {}), "maxtext": ("llama", {}), "gemma-like": ("llama", {}), "palm": ("palm", {}),
+    "llama": ("llama", {}), "maxtext": ("gpt_neox", SERIAL_BLOCK), "gemma-like": ("llama", {}), "palm": ("palm", {}),
     "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {}), "qwen3-moe": ("qwen3_moe", {}), "qwen2-moe": ("qwen2_moe", {}),
     "gemma": ("gemma", {}), "gemma2": ("gemma2", {}), "gemma3": ("gemma3_text", {}),
     "gpt-neox": ("gpt_neox", {}), "phi": ("gpt_neox", {}), "falcon": ("falcon", {}),
@@ -177,6 +177,8 @@ def _model(row: Measurement, stack: str) -> dict[str, Any]:
     if family not in FAMILIES:
         raise _refuse(row, "arch_family", "is no architecture that the planner knows" if family else "was not published")
     model_type, extra = FAMILIES[family]
+    if family == "maxtext" and _is_gated(row):
+        model_type, extra = FAMILIES["llama"]
     hidden, layers, heads = row.count("hidden_size"), row.count("num_layers"), row.count("num_heads")
     width, kv_heads = row.count("ffn_hidden", 4 * hidden), row.count("num_kv_heads", heads)
     common: dict[str, Any] = {"model_type": model_type, "vocab_size": row.count("vocab"), **extra}
@@ -209,6 +211,18 @@ def _model(row: Measurement, stack: str) -> dict[str, Any]:
     if row.number("head_dim"):
         sizes["head_dim"] = row.count("head_dim")
     return common | sizes | (_experts(row, model_type, width) if row.number("num_experts") else {})
+
+
+def _is_gated(row: Measurement) -> bool:
+    """Whether the published parameter count is nearer to three matrices per feed-forward layer than to two.
+
+    MaxText's `base.yml` changed from ReLU to a gated layer between the runs of its README.
+    """
+    hidden, layers, width, total = row.count("hidden_size"), row.count("num_layers"), row.count("ffn_hidden"), row.number("params_total")
+    head_dim = row.count("head_dim", hidden // row.count("num_heads"))
+    attention = 2 * hidden * head_dim * (row.count("num_heads") + row.count("num_kv_heads", row.count("num_heads")))
+    plain = layers * (attention + 2 * hidden * width) + row.count("vocab") * hidden
+    return total is not None and total - plain > layers * hidden * width / 2
 
 
 def _experts(row: Measurement, model_type: str, width: int) -> dict[str, Any]:
