@@ -78,7 +78,8 @@ def estimate(
     from planner.files import to_json
 
     gates = _gates(budget, max_days)
-    result = run(_request(plan, given))
+    request = _request(plan, given)
+    result = run(request)
     if out is not None:
         result.save(out)
     if as_json:
@@ -87,6 +88,11 @@ def estimate(
         from planner.report.plan_text import render_plan
 
         sys.stdout.write(render_plan(result, _width(), hints=sys.stdout.isatty()))
+        if not result.fits:
+            from planner.remedies import find_remedies
+            from planner.report.remedies_text import render_remedies
+
+            sys.stdout.write("\n" + render_remedies(result, find_remedies(request), _width()))
     broken = [text for text, holds in ((text, check(result)) for text, check in gates) if not holds]
     for text in broken:
         sys.stderr.write(f"gate broken: {text}\n")
