@@ -82,21 +82,24 @@ def estimate(
     result = run(request)
     if out is not None:
         result.save(out)
-    if as_json:
-        sys.stdout.write(to_json(result.to_dict()))
-    else:
-        from planner.report.plan_text import render_plan
-
-        sys.stdout.write(render_plan(result, _width(), hints=sys.stdout.isatty()))
-        if not result.fits:
-            from planner.remedies import find_remedies
-            from planner.report.remedies_text import render_remedies
-
-            sys.stdout.write("\n" + render_remedies(result, find_remedies(request), _width()))
+    sys.stdout.write(to_json(result.to_dict()) if as_json else _report(result, request))
     broken = [text for text, holds in ((text, check(result)) for text, check in gates) if not holds]
     for text in broken:
         sys.stderr.write(f"gate broken: {text}\n")
     raise typer.Exit(3 if not result.fits else 4 if broken else 0)
+
+
+def _report(plan: Any, request: Any) -> str:
+    """The plan as text and, where it does not fit, what would."""
+    from planner.report.plan_text import render_plan
+
+    text = render_plan(plan, _width(), hints=sys.stdout.isatty())
+    if plan.fits:
+        return text
+    from planner.remedies import find_remedies
+    from planner.report.remedies_text import render_remedies
+
+    return text + "\n" + render_remedies(plan, find_remedies(request), _width())
 
 
 def _gates(budget: str | None, max_days: str | None) -> list[tuple[str, Any]]:

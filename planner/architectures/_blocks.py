@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from planner.architectures import ModelOps
 from planner.attention_op import Attention
@@ -152,11 +153,17 @@ def feed_forward(spec: ModelSpec, *, width: int | None = None, prefix: str = "ml
 def mixture(spec: ModelSpec, moe: Moe) -> Ops:
     """Router, exchange of tokens, all experts, way back, and the shared expert."""
     h, f, k = spec.hidden_size, moe.intermediate_size, moe.num_experts_per_token
-    sizes = {"num_experts": moe.num_experts, "num_experts_per_token": k, "bias": moe.expert_bias}
+
+    def experts(name: str, inner: int, outer: int, split: Literal["column", "row"], saves: Producer | None) -> GroupedLinear:
+        return GroupedLinear(
+            name=f"experts.{name}", in_features=inner, out_features=outer, split=split, saves_input=saves, bias=moe.expert_bias,
+            num_experts=moe.num_experts, num_experts_per_token=k,
+        )  # fmt: skip
+
     branches = 2 if spec.is_gated else 1
-    up: Ops = (GroupedLinear(name="experts.up", in_features=h, out_features=f, saves_input="dispatch", **sizes),)  # type: ignore[arg-type]
+    up: Ops = (experts("up", h, f, "column", "dispatch"),)
     if spec.is_gated:
-        up += (GroupedLinear(name="experts.gate", in_features=h, out_features=f, saves_input=None, **sizes),)  # type: ignore[arg-type]
+        up += (experts("gate", h, f, "column", None),)
     ops: Ops = (
         Linear(name="router", in_features=h, out_features=moe.num_experts, bias=moe.router_bias, split="none", saves_input="norm", is_adapted=False),
         Elementwise(name="experts.permute", reads=h, writes=k * h, is_expert=True),
@@ -172,7 +179,7 @@ def mixture(spec: ModelSpec, moe: Moe) -> Ops:
             tokens_scale=k,
             is_expert=True,
         ),
-        GroupedLinear(name="experts.down", in_features=f, out_features=h, split="row", saves_input="activation", **sizes),  # type: ignore[arg-type]
+        experts("down", f, h, "row", "activation"),
         Collective(name="experts.combine", pattern="exchange", width=h, copies_per_token=k),
         Elementwise(name="experts.unpermute", reads=k * h, writes=h, saves=(("dispatch", k * h),), is_expert=True),
     )

@@ -277,9 +277,9 @@ def explain_input(trace: Trace, key: str) -> Explanation:
     value = trace.at(key)
     guess = next((text for text in trace.plan.assumptions if re.match(rf"{re.escape(name)}\b", text)), None)
     layout_guess = next((text for text in trace.plan.assumptions if text.startswith("layout")), None)
-    given = trace.request.model_dump(by_alias=True, exclude_unset=True)
+    given: Any = trace.request.model_dump(by_alias=True, exclude_unset=True)
     for step in key.split(".")[1:]:
-        given = given.get(step) if isinstance(given, dict) else None  # type: ignore[assignment]
+        given = given.get(step) if isinstance(given, dict) else None
     if given is not None:
         source = "given in the request"
     elif key.startswith("inputs.layout.") and layout_guess is not None:
