@@ -41,8 +41,9 @@ def estimate_goodput(num_nodes: float) -> Goodput:
     Formula: tau = sqrt(2 d M) (1 + sqrt(d / 2M) / 3 + d / 18M) - d; fraction = tau / (M e^(R/M) (e^((tau+d)/M) - 1)); M mean time
     between failures of the job, d stall per checkpoint, R restart. Source: Daly 2006, doi:10.1016/j.future.2004.11.016.
 
-    Example: >>> round(estimate_goodput(2048).fraction, 3)
-             0.871
+    Example:
+        >>> round(estimate_goodput(2048).fraction, 3)
+        0.871
     """
     m = 1000.0 * DAY_S / (FAILURES_PER_1000_NODE_DAYS * num_nodes)
     d, r = CHECKPOINT_STALL_S, RESTART_S

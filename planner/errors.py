@@ -22,7 +22,7 @@ def shorten(value: object, limit: int = 80) -> str:
 
     Example:
         >>> shorten("a" * 100, 10)
-        "'aaaaa..."
+        "'aaaaaa..."
     """
     try:
         text = repr(value)

@@ -92,7 +92,9 @@ def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
 
 
 def parse_yaml(text: str, where: str = "") -> Any:
-    """Strict YAML to plain dicts, lists, text and finite numbers.
+    """Strict YAML to plain dicts, lists, text, booleans and numbers.
+
+    Infinity and NaN pass, so that the record that refuses them can name their key together with every other mistake.
 
     Raises:
         InputError: syntax, aliases, tags, duplicate keys, depth; `where` becomes file:line:column.
@@ -102,7 +104,7 @@ def parse_yaml(text: str, where: str = "") -> Any:
         {'tokens': 15000000000000.0}
     """
     try:
-        _refuse_aliases_and_depth(text)
+        _refuse_aliases_tags_and_depth(text)
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -113,12 +115,15 @@ def parse_yaml(text: str, where: str = "") -> Any:
         raise InputError.single("yaml", text[:60], f"must be valid YAML ({reason[:100]})", "correct the file", where) from None
 
 
-def _refuse_aliases_and_depth(text: str) -> None:
+def _refuse_aliases_tags_and_depth(text: str) -> None:
     """Reads the event stream, which is flat, before anything is built from it."""
     depth = 0
     for event in yaml.parse(text, Loader=_Base):
         if isinstance(event, yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=_mark(event))
+        tag = getattr(event, "tag", None)
+        if tag is not None:  # `!!map [a]` and `!!bool x` break PyYAML's own constructors
+            raise yaml.MarkedYAMLError(problem=f"tags ({tag[:40]}) are not allowed", problem_mark=_mark(event))
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
@@ -143,7 +148,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_json(text: str, where: str = "") -> Any:
-    """Strict JSON: no NaN, no Infinity, no duplicate keys.
+    """Strict JSON: no NaN, no infinity however it is written, no duplicate keys.
 
     Raises:
         InputError: not such JSON.
@@ -151,6 +156,12 @@ def parse_json(text: str, where: str = "") -> Any:
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not a JSON number")
+
+    def finite(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text[:40]} is too large for a number")
+        return value
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -161,7 +172,7 @@ def parse_json(text: str, where: str = "") -> Any:
         return result
 
     try:
-        return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0][:120] or type(error).__name__
         raise InputError.single("json", text[:60], f"must be valid JSON ({reason})", "correct the file", where) from None
@@ -208,13 +219,19 @@ def to_yaml(value: Any) -> str:
 def write_text(path: str | Path, text: str) -> None:
     """Writes a whole file or nothing: temporary file, fsync, rename, fsync of the folder.
 
+    A link is followed. What is there and is no plain file (`/dev/stdout`, a named pipe) is written to and never replaced.
+
     Raises:
         InputError: the folder does not exist or cannot be written; the previous file is intact.
     """
-    target = Path(path)
     temporary = ""
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        target = Path(os.path.realpath(path))
+        if os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+            return
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:64]}.", dir=target.parent)
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()

@@ -55,8 +55,9 @@ def predict_loss(num_params: float, tokens: float, law: LossLaw = EPOCH_2024) ->
         num_params: all parameters that a token meets, embeddings and head included.
     Source: see `LossLaw.source`. Left out: data quality, tokenizer (nats per token are those of a 32k vocabulary), repetition.
 
-    Example: >>> round(predict_loss(70e9, 1.4e12).value, 3)
-             1.975
+    Example:
+        >>> round(predict_loss(70e9, 1.4e12).value, 3)
+        1.975
     """
     value = law.irreducible + law.size_factor / num_params**law.size_exponent + law.data_factor / tokens**law.data_exponent
     warnings = tuple(

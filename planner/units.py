@@ -97,14 +97,14 @@ def parse_count(text: object, key: str = "-") -> float:
 
 
 def format_si(value: float, unit: str = "", digits: int = 3) -> str:
-    """`1.5e13` -> `15.0 T`: `digits` significant digits with a decimal prefix.
+    """`1.5e13` -> `15.0 T`: `digits` significant digits with a decimal prefix; below 0.01 and above 1000 E as `1.2e-05`.
 
     Example:
         >>> format_si(989.4e12, "FLOP/s")
         '989 TFLOP/s'
     """
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g} {unit}".rstrip()
+    if value == 0 or not math.isfinite(value) or not 0.01 <= abs(value) < 999.5 * EXA:
+        return f"{value:.{digits}g} {unit}".rstrip()
     prefixes = ["", "k", "M", "G", "T", "P", "E"]
     power = min(max(int(math.log10(abs(value)) // 3), 0), len(prefixes) - 1)
     if round(abs(value) / 1000.0**power, digits - 1 - int(math.log10(max(abs(value) / 1000.0**power, 1)))) >= 1000 and power < len(prefixes) - 1:

@@ -123,6 +123,13 @@ def test_float_fields_carry_their_unit(path: Path) -> None:
                 ), name
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_examples_are_found_by_doctest(path: Path) -> None:
+    """A prompt that follows other text on its line is never run."""
+    hidden = [line for line in path.read_text().splitlines() if re.search(r"^\s*[A-Za-z].*:\s*>>> ", line)]
+    assert not hidden, hidden
+
+
 def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout

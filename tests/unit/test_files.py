@@ -77,6 +77,11 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
         ("[" * 33 + "]" * 33, "deeper than 32"),
         ("1: 2", "must be text"),
         ("a: !!python/name:os.system", "tag"),
+        ("a: !!timestamp soon", "tag"),
+        ("a: !!bool maybe", "tag"),
+        ("!!map [a]", "tag"),
+        ("a: !!str 5", "tag"),
+        ("a: ! 5", "tag"),
         ("a: b: c", "not allowed"),
         ("a: [", "node content"),
     ],
@@ -95,7 +100,7 @@ def test_an_alias_bomb_is_refused_before_it_grows() -> None:
         parse_yaml(bomb)
 
 
-@pytest.mark.parametrize("text", ["NaN", '{"a": Infinity}', '{"a": 1, "a": 2}', "{", "[" * 100_000, "1" * 5000, ""])
+@pytest.mark.parametrize("text", ["NaN", '{"a": Infinity}', '{"a": 1e400}', "-1e999", '{"a": 1, "a": 2}', "{", "[" * 100_000, "1" * 5000, ""])
 def test_what_json_may_not_hold(text: str) -> None:
     with pytest.raises(InputError):
         parse_json(text, "x.json")
@@ -141,6 +146,35 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
 
 def _no_space(*_: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="named pipes and links as POSIX has them")
+def test_a_pipe_is_written_to_and_a_link_is_followed(tmp_path: Path) -> None:
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text(pipe, "text")
+        assert os.read(reader, 100) == b"text"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe", "target"]
+
+
+def test_a_folder_is_not_written_to(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="can be written"):
+        write_text(tmp_path, "text")
+
+
+def test_a_long_name_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 250)
+    write_text(path, "text")
+    assert path.read_text() == "text"
 
 
 def test_a_killed_process_never_leaves_a_torn_file(tmp_path: Path) -> None:

@@ -58,6 +58,14 @@ def test_wrong_counts(text: object) -> None:
         parse_count(text)
 
 
+@given(st.floats(1e-300, 1e300))
+def test_si_text_never_loses_the_number(value: float) -> None:
+    number, _, prefix = format_si(value).partition(" ")
+    scale = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}[prefix]
+    assert float(number) * scale == pytest.approx(value, rel=0.51, abs=0)
+    assert len(number) <= 9
+
+
 @given(st.floats(1e-2, 1e20))
 def test_si_text_is_the_number_to_three_digits(value: float) -> None:
     text = format_si(value)
