@@ -63,6 +63,8 @@ def _inputs(request: Request, job: Job, layout: Layout) -> dict[str, Any]:
     }
     if request.catalog is not None:
         inputs["catalog"] = request.catalog
+    if request.training is not None:
+        inputs["training"] = request.training
     return inputs
 
 

@@ -39,6 +39,8 @@ class Request(Spec):
     layout: PartialLayout = PartialLayout()
     catalog: str | None = None
     """Path to a file of own accelerators and offers."""
+    training: dict[str, Any] | None = None
+    """What only the trainer reads (learning rate, data, checkpoints); carried along as it is."""
     prediction: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
 

@@ -18,7 +18,7 @@ from planner.model_spec import ModelSpec
 from planner.op_cost import Op
 from planner.registry import Registry, unknown_name
 
-__all__ = ["ARCHITECTURES", "Architecture", "ModelOps", "load_model", "model_ops", "preset_names", "preset_record"]
+__all__ = ["ARCHITECTURES", "Architecture", "ModelOps", "load_model", "model_ops", "preset_names", "preset_record", "read_model_config"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,17 @@ def load_model(model: str | Mapping[str, Any]) -> ModelSpec:
     Raises:
         InputError: unknown preset or model_type, unreadable file, missing or impossible keys.
     """
+    return _read_config(*read_model_config(model))
+
+
+def read_model_config(model: str | Mapping[str, Any]) -> tuple[dict[str, Any], str, str]:
+    """(keys, name, place for error messages) of the configuration that a user named; see `load_model`.
+
+    Raises:
+        InputError: unknown preset, unreadable file, no mapping.
+    """
     if isinstance(model, Mapping):
-        return _read_config(dict(model), str(model.get("name", "inline")), "model")
+        return dict(model), str(model.get("name", "inline")), "model"
     if not isinstance(model, str):
         raise InputError.single("model", model, "is a preset name, a path to config.json, or a mapping of its keys", "write e.g. model: llama-3.1-8b")
     if "/" in model or model.endswith(".json"):
@@ -88,8 +97,8 @@ def load_model(model: str | Mapping[str, Any]) -> ModelSpec:
         if not isinstance(config, dict):
             raise InputError.single("model", config, "config.json must hold one JSON object", "give the config.json of an HF model", str(file))
         name = file.parent.name if file.name == "config.json" and file.parent.name else file.stem
-        return _read_config(config, name, str(file))
-    return _read_config(preset_record(model)["config"], model, f"preset {model}")
+        return config, name, str(file)
+    return dict(preset_record(model)["config"]), model, f"preset {model}"
 
 
 def _read_config(config: dict[str, Any], name: str, where: str) -> ModelSpec:

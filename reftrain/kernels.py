@@ -1,0 +1,160 @@
+"""Three ops that eager torch runs in many passes over memory, in few: RMSNorm, rotary positions, projection with loss.
+
+Each is an `autograd.Function` of plain torch ops, so that it runs on every device, under fake tensors and under the FLOP
+counter. What each keeps for the backward pass is what the planner's ops say that it keeps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["linear_cross_entropy", "rms_norm", "rotate"]
+
+IGNORED = -100
+"""A target that takes no part in the loss, as in torch."""
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        # In a matrix product of one column the squares are summed in one pass, without a temporary.
+        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = length.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (rows * inverse.to(x.dtype)).mul_(weight).view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
+        normed = rows * inverse.to(x.dtype)
+        grad_weight = torch.einsum("th,th->h", grad, normed).to(weight.dtype)
+        grad_normed = grad * weight
+        # d/dx of x / rms: the part along x does not change the output
+        along = torch.linalg.vecdot(grad_normed, normed).unsqueeze_(-1).div_(rows.shape[-1])
+        grad_x = grad_normed.sub_(normed.mul_(along)).mul_(inverse.to(x.dtype))
+        return grad_x.view_as(x), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dim; keeps x and one fp32 number a row.
+
+    Shapes: x [..., H], weight [H] of x's dtype.
+    Source: arXiv:1910.07467, equation 4.
+    """
+    if x.device.type == "cuda":
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+    return _RmsNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, -1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _rotated(grads[0], *ctx.saved_tensors, 1.0), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    low, high = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=low).addcmul_(second, sin, value=sign)
+    torch.mul(second, cos, out=high).addcmul_(first, sin, value=-sign)
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: pairs (i, i + D/2) turned by their angle; keeps nothing of x. The gradient is the turn back.
+
+    Shapes: x [B, S, heads, D], cos and sin [S, 1, D/2] of x's dtype.
+    Source: arXiv:2104.09864, equation 34, with the halves laid out as in GPT-NeoX and HF's Llama.
+    """
+    return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and gradients chunk by chunk in the forward pass, so that one chunk of logits lives at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, num_chunks: int, group: Any, wants_grad: bool
+    ) -> Tensor:
+        num_targets = (targets != IGNORED).sum().clamp_(min=1)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if wants_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_grad and bias is not None else None
+        first_class = weight.shape[0] * dist.get_rank(group) if group is not None else 0
+        rows = -(-hidden.shape[0] // num_chunks)
+        for start in range(0, hidden.shape[0], rows):
+            part = hidden[start : start + rows]
+            logits = torch.nn.functional.linear(part, weight, bias).float()
+            loss, grad = _chunk_loss(logits, targets[start : start + rows], first_class, group, wants_grad)
+            total += loss
+            if grad is None or grad_hidden is None or grad_weight is None:
+                continue
+            grad = grad.div_(num_targets).to(hidden.dtype)
+            torch.mm(grad, weight, out=grad_hidden[start : start + rows])
+            if grad.dtype == torch.float32:
+                grad_weight.addmm_(grad.t(), part)
+            else:
+                grad_weight += grad.t() @ part
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
+        return total / num_targets
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.grads
+        ctx.grads = None
+        scale = grads[0]
+        weight_dtype, bias_dtype = ctx.dtypes
+        scaled_bias = grad_bias.mul_(scale).to(bias_dtype) if grad_bias is not None else None
+        return grad_hidden.mul_(scale.to(grad_hidden.dtype)), grad_weight.mul_(scale).to(weight_dtype), scaled_bias, None, None, None, None
+
+
+def _chunk_loss(logits: Tensor, targets: Tensor, first_class: int, group: Any, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """(summed loss, its gradient by the logits, written over them); classes may be split over the ranks of `group`."""
+    top = logits.max(dim=-1, keepdim=True).values
+    if group is not None:
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    mine = targets - first_class
+    is_mine = (mine >= 0) & (mine < logits.shape[-1])
+    index = torch.where(is_mine, mine, 0).unsqueeze(-1)
+    logits -= top
+    wanted = logits.gather(-1, index).squeeze(-1).masked_fill_(~is_mine, 0.0)
+    exponentials = logits.exp_()
+    sums = exponentials.sum(dim=-1, keepdim=True)
+    if group is not None:
+        dist.all_reduce(wanted, group=group)
+        dist.all_reduce(sums, group=group)
+    counts = targets != IGNORED
+    loss = ((sums.squeeze(-1).log() - wanted) * counts).sum()
+    if not wants_grad:
+        return loss, None
+    grad = exponentials.div_(sums)
+    grad.scatter_add_(-1, index, -is_mine.unsqueeze(-1).to(grad.dtype))
+    return loss, grad.mul_(counts.unsqueeze(-1))
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, num_chunks: int = 8, group: Any = None) -> Tensor:
+    """Mean cross-entropy of `hidden @ weight.T + bias` against `targets`, without ever holding all logits.
+
+    Shapes: hidden [T, H], weight [V/t, H], bias [V/t], targets [T] (-100: no part in the loss); returns a scalar in fp32.
+    The gradients are computed with the loss, so no product is done twice: 3 * 2*T*H*V FLOPs in all.
+    Args:
+        group: ranks over which the classes are split (tensor parallelism); the gradient of `hidden` is then this rank's share.
+    """
+    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, num_chunks, group, wants_grad)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,135 @@
+"""Mixture of experts: top-k routing without dropped tokens, shared experts, balancing without an auxiliary loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+from planner.model_spec import ModelSpec, Moe
+from reftrain.axes import SINGLE, Axes, local
+from reftrain.config import ModelDetails
+from reftrain.layers import FeedForward, Linear, activate
+
+__all__ = ["Experts", "Mixture", "Router"]
+
+
+class Router(nn.Module):
+    """Chooses k experts for every token, and how much each counts.
+
+    A bias that no gradient trains is added to the scores while choosing; after each step it moves by `rate` towards the
+    experts that got too few tokens (arXiv:2408.15664). So balance needs no auxiliary loss, and does not depend on the layout.
+    """
+
+    axes: Axes = SINGLE
+    bias: Tensor
+    load: Tensor
+
+    def __init__(self, spec: ModelSpec, details: ModelDetails, moe: Moe) -> None:
+        super().__init__()
+        self.gate = Linear(spec.hidden_size, moe.num_experts, moe.router_bias)
+        self.num_chosen, self.details = moe.num_experts_per_token, details
+        self.register_buffer("bias", torch.zeros(moe.num_experts))
+        self.register_buffer("load", torch.zeros(moe.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes: x [T, H] -> (weights [T, k], experts [T, k])."""
+        logits = self.gate(x).float()
+        scores = logits.sigmoid() if self.details.router_scores == "sigmoid" else logits.softmax(dim=-1)
+        chosen = (scores.detach() + self.bias).topk(self.num_chosen, dim=-1).indices
+        weights = scores.gather(-1, chosen)
+        if self.details.router_normalizes:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        if self.training:
+            self.load += torch.bincount(chosen.flatten(), minlength=self.load.numel())
+        return (weights * self.details.router_scale).to(x.dtype), chosen
+
+    @torch.no_grad()
+    def rebalance(self, rate: float, group: dist.ProcessGroup | None) -> None:
+        """Moves the bias after a step; `group` holds the ranks that saw other tokens."""
+        if group is not None:
+            dist.all_reduce(self.load, group=group)
+        self.bias += rate * torch.sign(self.load.mean() - self.load)
+        self.load.zero_()
+
+
+class Experts(nn.Module):
+    """The feed-forward layers of this rank's experts, on tokens sorted by expert.
+
+    Shapes: weights [E/ep, F/t, H] and [E/ep, H, F/t]; x [T, H] with `counts` rows per expert -> [T, H].
+    """
+
+    def __init__(self, spec: ModelSpec, details: ModelDetails, moe: Moe) -> None:
+        super().__init__()
+        e, h, f = moe.num_experts, spec.hidden_size, moe.intermediate_size
+        self.up = nn.Parameter(torch.empty(e, f, h))
+        self.gate = nn.Parameter(torch.empty(e, f, h)) if spec.is_gated else None
+        self.down = nn.Parameter(torch.empty(e, h, f))
+        self.kind, self.is_tanh_gelu = spec.activation, details.is_tanh_gelu
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        """Each expert's rows through its own layer."""
+        up, down = local(self.up).to(x.dtype), local(self.down).to(x.dtype)
+        gate = None if self.gate is None else local(self.gate).to(x.dtype)
+        out = []
+        for i, rows in enumerate(x.split(counts)):
+            inner = F.linear(rows, up[i])
+            inner = (
+                activate(inner, self.kind, self.is_tanh_gelu)
+                if gate is None
+                else activate(F.linear(rows, gate[i]), self.kind, self.is_tanh_gelu) * inner
+            )
+            out.append(F.linear(inner, down[i]))
+        return torch.cat(out)
+
+
+class Mixture(nn.Module):
+    """Router, exchange of tokens, experts, way back, and the experts that every token visits.
+
+    Without expert parallelism the experts' width is split over tensor-parallel ranks; with it each rank holds whole experts
+    and tokens travel to them.
+    """
+
+    axes: Axes = SINGLE
+
+    def __init__(self, spec: ModelSpec, details: ModelDetails, moe: Moe) -> None:
+        super().__init__()
+        self.router = Router(spec, details, moe)
+        self.experts = Experts(spec, details, moe)
+        self.shared = FeedForward(spec, details, moe.shared_intermediate_size) if moe.shared_intermediate_size else None
+        self.shared_gate = Linear(spec.hidden_size, 1) if moe.has_shared_gate else None
+        self.num_experts = moe.num_experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: [B, S, H] -> [B, S, H], before the residual is added."""
+        inside = x if self.axes.ep_mesh is not None else self.axes.enter(x)
+        tokens = inside.flatten(0, 1)
+        weights, chosen = self.router(tokens)
+        order = chosen.flatten().argsort(stable=True)
+        source = order // chosen.shape[1]
+        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
+        through = self._exchange(tokens[source], counts) if self.axes.ep_group is not None else self.experts(tokens[source], counts.tolist())
+        out = torch.zeros_like(tokens).index_add(0, source, through * weights.flatten()[order].unsqueeze(-1)).view_as(inside)
+        if self.axes.ep_mesh is None:
+            out = self.axes.leave(out)
+        if self.shared is None:
+            return out
+        shared = self.shared(x)
+        return out + (shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid())
+
+    def _exchange(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Rows sorted by expert go to the ranks that hold their experts, and come back in the same order."""
+        group, ep = self.axes.ep_group, self.axes.ep_mesh.size()  # type: ignore[union-attr]
+        arriving = torch.empty_like(counts)
+        dist.all_to_all_single(arriving, counts, group=group)
+        sent, received = counts.view(ep, -1), arriving.view(ep, -1)
+        to_send, to_receive = sent.sum(1).tolist(), received.sum(1).tolist()
+        there = all_to_all_single_autograd(rows, to_receive, to_send, group)
+        # They arrive by rank, then expert; experts want them by expert.
+        expert = torch.arange(received.shape[1], device=rows.device).repeat(ep).repeat_interleave(received.flatten())
+        order = expert.argsort(stable=True)
+        done = self.experts(there[order], received.sum(0).tolist())
+        back = torch.empty_like(done).index_copy(0, order, done)
+        return all_to_all_single_autograd(back, to_send, to_receive, group)  # type: ignore[no-any-return]
