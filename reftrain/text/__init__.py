@@ -1,0 +1,1 @@
+"""From files to clean documents: collect, clean, dedupe, contamination; `prepare` runs them all."""
