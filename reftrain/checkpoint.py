@@ -28,7 +28,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -48,7 +47,7 @@ from reftrain.checkpoint_files import (
     sync_folder,
     write_file,
 )
-from reftrain.checkpoint_pieces import LAYOUT, JsonLoadPlanner, JsonSavePlanner, PieceCollector, PieceReader, unfit
+from reftrain.checkpoint_pieces import LAYOUT, JsonLoadPlanner, JsonSavePlanner, PieceCollector, PieceReader, cause_of, unfit
 
 __all__ = ["CheckpointStore"]
 
@@ -99,7 +98,7 @@ class CheckpointStore:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._buffers: dict[str, torch.Tensor] = {}
-        self._resumed_step: int | None = None
+        self._timeline_step: int | None = None
 
     # ---------------------------------------------------------------- saving
 
@@ -119,7 +118,10 @@ class CheckpointStore:
         extra_json = encode(extra)
         writer = PieceCollector(None if block else self._buffers)
         with _quiet():
-            dcp_save(state, storage_writer=writer, planner=JsonSavePlanner(), process_group=self._group, no_dist=not self._distributed)
+            try:
+                dcp_save(state, storage_writer=writer, planner=JsonSavePlanner(), process_group=self._group, no_dist=not self._distributed)
+            except CheckpointException as error:
+                raise RuntimeError(cause_of(error)) from error
         self._on_stage("copied")
         if block:
             self._write(step, writer, extra_json)
@@ -127,7 +129,7 @@ class CheckpointStore:
             self._pending = self._thread.submit(self._write, step, writer, extra_json)
 
     def wait(self) -> None:
-        """Waits for the save in the background, if any.
+        """Waits for the save in the background, if any; do it before the process group is destroyed.
 
         Raises:
             InputError: what went wrong with it.
@@ -138,17 +140,18 @@ class CheckpointStore:
 
     def _write(self, step: int, writer: PieceCollector, extra: Any) -> None:
         """From pieces in memory to `step-N` on the disk."""
-        sizes_and_extras = self._each(lambda: (writer.num_bytes, extra))
-        num_bytes = sum(size for size, _ in sizes_and_extras)
+        shares = self._each(lambda: (writer.num_bytes, extra, uuid.uuid4().hex[:12]))
+        num_bytes = sum(size for size, _, _ in shares)
         final = self.folder / f"step-{step:08d}"
-        temporary = self._each(lambda: self.folder / f".{final.name}.tmp-{uuid.uuid4().hex[:12]}")[0]
-        with self._lock() if self._rank == 0 else _nothing() as refusal:
+        temporary = self.folder / f".{final.name}.tmp-{shares[0][2]}"
+        with self._lock(num_bytes) as refusal:
             try:
                 self._each(lambda: self._prepare(step, temporary, refusal), num_bytes, first_only=True)
                 self._on_stage("folder")
                 records = self._each(lambda: writer.write(temporary, self._rank), num_bytes)
                 self._on_stage("tensors")
-                self._each(lambda: self._seal(step, temporary, writer.layout, sizes_and_extras, records), num_bytes, first_only=True)
+                extras = [share[1] for share in shares]
+                self._each(lambda: self._seal(step, temporary, writer.layout, extras, records), num_bytes, first_only=True)
                 self._each(lambda: self._publish(temporary, final), num_bytes, first_only=True)
             except BaseException:
                 if self._rank == 0 and not refusal:
@@ -157,26 +160,26 @@ class CheckpointStore:
             if self._rank == 0:
                 self._drop(step)
                 self._on_stage("dropped")
+        self._timeline_step = step
 
-    def _prepare(self, step: int, temporary: Path, refusal: str) -> None:
+    def _prepare(self, step: int, temporary: Path, refusal: InputError | None) -> None:
         if refusal:
-            raise InputError.single("checkpoint", str(self.folder), refusal, "end the other process, or save into another folder")
-        newer = [s for s, path in self._complete() if s > step and (self._resumed_step is None or s <= self._resumed_step)]
-        if newer:
-            raise InputError.single(
-                "checkpoint.step",
-                step,
-                f"must be above the newest checkpoint of the folder, {newer[0]}",
-                "resume from it, or save into another folder",
-            )
+            raise refusal
         for path in self._named("tmp", "drop"):  # the lock is ours, so their writers are dead
             remove(path)
+        for path in self._named("old"):  # a writer that died between the two renames of `_publish`
+            if not (self.folder / path.name[1:].split(".")[0]).exists():
+                os.rename(path, self.folder / path.name[1:].split(".")[0])
+        newer = [s for s, _ in self._complete() if s > step and (self._timeline_step is None or s <= self._timeline_step)]
+        if newer:
+            rule = f"must be above the newest checkpoint of the folder, {newer[0]}"
+            raise InputError.single("checkpoint.step", step, rule, "resume from it, or save into another folder", str(self.folder))
         os.mkdir(temporary)
 
-    def _seal(self, step: int, temporary: Path, layout: Any, sizes_and_extras: list[Any], records: list[FileRecord | None]) -> None:
+    def _seal(self, step: int, temporary: Path, layout: Any, extras: list[Any], records: list[FileRecord | None]) -> None:
         files = [r for r in records if r is not None]
         files.append(write_file(temporary / LAYOUT, [json_bytes(layout)]))
-        files.append(write_file(temporary / EXTRA, [json_bytes({"ranks": [extra for _, extra in sizes_and_extras]})]))
+        files.append(write_file(temporary / EXTRA, [json_bytes({"ranks": extras})]))
         self._on_stage("layout")
         write_file(temporary / MANIFEST, [Manifest(step, self._world_size, tuple(files)).to_bytes()])
         self._on_stage("manifest")
@@ -194,35 +197,40 @@ class CheckpointStore:
 
     def _drop(self, step: int) -> None:
         """Deletes what is beyond `keep`, a future that was rolled back, and leftovers; a failure is reported, never raised."""
-        complete = self._complete()
-        older = [path for s, path in complete if s <= step]
-        goners = older[self.keep :] + [path for s, path in complete if s > step] + self._named("old")
-        for path in goners:
-            try:
+        try:
+            complete = self._complete()
+            older = [path for s, path in complete if s <= step]
+            for path in older[self.keep :] + [path for s, path in complete if s > step] + self._named("old"):
                 away = self.folder / f".{path.name.lstrip('.').split('.')[0]}.drop-{uuid.uuid4().hex[:12]}"
                 os.rename(path, away)  # a half deleted folder must not look like a checkpoint
                 remove(away)
-            except OSError as error:
-                self._report(Problem("checkpoint", str(path), f"could not be deleted ({error.strerror})", "delete it by hand", str(path)))
+        except OSError as error:
+            rule = f"could not be rid of old checkpoints ({error.strerror})"
+            self._report(Problem("checkpoint", str(self.folder), rule, "delete them by hand", str(self.folder)))
 
     @contextmanager
-    def _lock(self) -> Iterator[str]:
-        """Holds the folder against other writers; yields why not, or nothing. The system frees it when the process dies, however it dies."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            yield f"must be a folder that can be written ({error.strerror})"
+    def _lock(self, num_bytes: int) -> Iterator[InputError | None]:
+        """Rank 0 holds the folder against other writers; yields why it cannot. The system frees the lock when the process dies, however it dies."""
+        if self._rank != 0:
+            yield None
             return
+        handle, refusal = None, None
         try:
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # by process, not by handle: a forked data worker cannot keep it
-            except OSError as error:
-                yield f"must have one writer at a time ({error.strerror})"
-            else:
-                yield ""
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True)
+                sync_folder(self.folder.parent)
+            handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # by process, not by handle: a forked data worker cannot keep it
+        except BlockingIOError:
+            rule = "must have one writer at a time; another process is saving here"
+            refusal = InputError.single("checkpoint", str(self.folder), rule, "end the other process, or save into another folder")
+        except OSError as error:
+            refusal = _disk_problem(self.folder, error, num_bytes)
+        try:
+            yield refusal
         finally:
-            os.close(handle)
+            if handle is not None:
+                os.close(handle)
 
     # --------------------------------------------------------------- loading
 
@@ -239,19 +247,24 @@ class CheckpointStore:
 
     def verify(self, path: str | Path) -> list[Problem]:
         """What is wrong with the files of a checkpoint; each rank hashes its share. Files that the manifest does not name are never read."""
+        folder = Path(path)
 
         def check() -> list[Problem]:
             try:
-                files = read_manifest(Path(path)).files
+                files = read_manifest(folder).files
             except InputError as error:
-                return list(error.problems) if self._rank == 0 else []
-            needed = [Problem("checkpoint", str(Path(path) / n), "must be named in the manifest", "use an older checkpoint") for n in (LAYOUT, EXTRA)]
-            absent = [p for p in needed if self._rank == 0 and Path(str(p.value)).name not in {f.name for f in files}]
-            return absent + [p for f in files[self._rank :: self._world_size] if (p := damage(Path(path), f))]
+                return list(error.problems)
+            names = {f.name for f in files}
+            absent = [
+                Problem("checkpoint", str(folder / n), "must be in the manifest", "use an older checkpoint")
+                for n in (LAYOUT, EXTRA)
+                if n not in names
+            ]
+            return absent + [problem for f in files[self._rank :: self._world_size] if (problem := damage(folder, f))]
 
-        return [problem for problems in self._each(check) for problem in problems]
+        return list(dict.fromkeys(problem for problems in self._each(check) for problem in problems))
 
-    def load(self, path: str | Path | None, state: dict[str, Any]) -> dict[str, Any]:
+    def load(self, path: str | Path, state: dict[str, Any]) -> dict[str, Any]:
         """Verifies a checkpoint and loads it in place, whatever layout it was saved from; later saves continue from its step.
 
         Args:
@@ -265,25 +278,27 @@ class CheckpointStore:
             InputError: damaged, no checkpoint, or it lacks something that `state` has, or has it in another shape.
         """
         self.wait()
-        folder = Path(path) if path is not None else self.folder
-        problems = self.verify(folder)
-        if problems:
+        folder = Path(path)
+        if problems := self.verify(folder):
             raise InputError(*problems)
-        manifest = read_manifest(folder)
         reader = PieceReader(folder)
-        self._each(lambda: reader.open(manifest))
+        self._each(lambda: reader.open(read_manifest(folder)))
+        extra, step = self._each(lambda: self._read_extra(folder))[self._rank]
         try:
             with _quiet():
                 dcp_load(state, storage_reader=reader, planner=JsonLoadPlanner(), process_group=self._group, no_dist=not self._distributed)
-            extras = parse_bytes(folder / EXTRA)["ranks"]
-            extra: dict[str, Any] = dict(decode(extras[self._rank if len(extras) == self._world_size else 0]))
         except CheckpointException as error:
-            causes = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
-            raise unfit(folder, "; ".join(sorted(causes))) from None
-        except (SafetensorError, KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-            raise unfit(folder, f"{type(error).__name__}: {error}") from None
-        self._resumed_step = manifest.step
+            raise unfit(folder, cause_of(error)) from None
+        self._timeline_step = step
         return extra
+
+    def _read_extra(self, folder: Path) -> tuple[dict[str, Any], int]:
+        """This rank's `extra`, and the step."""
+        try:
+            extras = parse_bytes(folder / EXTRA)["ranks"]
+            return dict(decode(extras[self._rank if len(extras) == self._world_size else 0])), read_manifest(folder).step
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise unfit(folder, f"{EXTRA}: {type(error).__name__}: {error}") from None
 
     # --------------------------------------------------------------- helpers
 
@@ -302,8 +317,6 @@ class CheckpointStore:
             names = sorted(os.listdir(self.folder))
         except FileNotFoundError:
             return []
-        except OSError as error:
-            raise _disk_problem(self.folder, error, 0) from None
         matches = [m for m in map(_FOLDER.fullmatch, names) if m]
         return [self.folder / m[0] for m in matches if (m[3] or "") in kinds]
 
@@ -351,11 +364,6 @@ def _disk_problem(folder: Path, error: OSError, num_bytes: int) -> InputError:
     rule = f"must be a folder that can be read and written ({error.strerror}{needed})"
     path = str(error.filename or folder)
     return InputError.single("checkpoint", path, rule, "free space or mend the disk; older checkpoints are intact", str(folder))
-
-
-@contextmanager
-def _nothing() -> Iterator[str]:
-    yield ""
 
 
 @contextmanager

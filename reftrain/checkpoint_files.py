@@ -11,7 +11,9 @@ Nothing here knows torch.distributed; `reftrain.checkpoint` decides who writes w
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -90,12 +92,16 @@ def read_manifest(folder: Path) -> Manifest:
         InputError: missing, not such JSON, names outside the folder, or changed since it was written.
     """
     path = folder / MANIFEST
-    text = read_text(path, MAX_MANIFEST_BYTES)
-    raw = parse_json(text, str(path))
+    try:
+        with _open_plain(path) as file:
+            text = file.read(MAX_MANIFEST_BYTES)
+        raw = parse_json(text.decode(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(_damaged(path, f"cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})")) from None
     try:
         files = tuple(FileRecord(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in raw["files"].items())
         manifest = Manifest(int(raw["step"]), int(raw["world_size"]), files)
-        whole = manifest.to_bytes() == text.encode() and all(_NAME.fullmatch(f.name) and f.name != MANIFEST for f in files)
+        whole = manifest.to_bytes() == text and all(_NAME.fullmatch(f.name) and f.name != MANIFEST for f in files)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         whole = False
     if not whole:
@@ -107,18 +113,24 @@ def damage(folder: Path, record: FileRecord) -> Problem | None:
     """What is wrong with one file of a checkpoint; None if its size and SHA-256 are those of the manifest."""
     path = folder / record.name
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(handle, "rb") as file:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                return _damaged(path, "is no plain file")
-            if status.st_size != record.num_bytes:
-                return _damaged(path, f"has {status.st_size:,} bytes, the manifest says {record.num_bytes:,}")
+        with _open_plain(path) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes != record.num_bytes:
+                return _damaged(path, f"has {num_bytes:,} bytes, the manifest says {record.num_bytes:,}")
             if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
                 return _damaged(path, "has another SHA-256 than the manifest says")
     except OSError as error:
         return _damaged(path, f"cannot be read ({error.strerror})")
     return None
+
+
+def _open_plain(path: Path) -> io.BufferedReader:
+    """Opens a file to read; links, folders, pipes and devices are OSErrors, and none of them is waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "no plain file", str(path))
+    return os.fdopen(handle, "rb")
 
 
 def _damaged(path: Path, how: str) -> Problem:

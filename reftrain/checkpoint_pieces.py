@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -41,7 +42,7 @@ from reftrain.checkpoint_files import (
     write_file,
 )
 
-__all__ = ["LAYOUT", "JsonLoadPlanner", "JsonSavePlanner", "PieceCollector", "PieceReader", "unfit"]
+__all__ = ["LAYOUT", "JsonLoadPlanner", "JsonSavePlanner", "PieceCollector", "PieceReader", "cause_of", "unfit"]
 
 LAYOUT = "layout.json"
 _DTYPE_NAMES = {name: dtype for dtype, name in DTYPES.items()}
@@ -51,6 +52,15 @@ def unfit(folder: Path, reason: str) -> InputError:
     """The error for a checkpoint that is intact and yet does not serve."""
     rule = f"must hold what the run asks for ({' '.join(reason.split())[:300]})"
     return InputError.single("checkpoint", str(folder), rule, "resume with the model and optimizer that were saved", str(folder))
+
+
+def cause_of(error: CheckpointException) -> str:
+    """What DCP wraps, in one line; an interrupt is passed on as what it is."""
+    causes = [cause for cause, _ in error.failures.values()]
+    for cause in causes:
+        if isinstance(cause, (KeyboardInterrupt, SystemExit)):
+            raise cause
+    return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause in causes}))
 
 
 class JsonSavePlanner(DefaultSavePlanner):
@@ -137,7 +147,7 @@ class PieceCollector(StorageWriter):
             name = _piece_name(item.index.fqn, chunk.offsets, chunk.sizes, item.tensor_data.size)
             self.pieces[name] = tensor if self._buffers is None else self._copy(name, tensor)
             results.append(WriteResult(item.index, tensor.numel() * tensor.element_size(), _rank_file(self._rank)))
-        if self._buffers is not None and torch.cuda.is_available():
+        if any(t.is_pinned() for t in self.pieces.values()):  # copies from a device are still under way
             torch.cuda.synchronize()
         done: TorchFuture[list[WriteResult]] = TorchFuture()
         done.set_result(results)
