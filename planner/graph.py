@@ -16,7 +16,7 @@ import numpy as np
 
 from planner.architectures import ModelOps, model_ops
 from planner.efficiency import StackSpec
-from planner.layout import Layout, LayoutArrays
+from planner.layout import Layout, LayoutArrays, chunk_sizes
 from planner.model_spec import ModelSpec
 from planner.op_cost import Numerics, Op, OpCost, Shard
 from planner.precision import Precision
@@ -129,25 +129,11 @@ def make_numerics(workload: Workload, stack: StackSpec, precision: Precision) ->
 
 
 @lru_cache(maxsize=4096)
-def _chunk_sizes(num_layers: int, num_chunks: int) -> tuple[int, ...]:
-    """Layers per chunk, as even as can be; the last chunk (head) and then the first (embedding) go short first.
-
-    Llama 3 405B: 126 layers in 128 places leave the first and the last one short (arXiv:2407.21783, section 3.3.2).
-    """
-    sizes = [-(-num_layers // num_chunks)] * num_chunks
-    order = [i for pair in zip(range(num_chunks - 1, -1, -1), range(num_chunks), strict=True) for i in pair]
-    order = list(dict.fromkeys(order))
-    for i in order[: sum(sizes) - num_layers]:
-        sizes[i] -= 1
-    return tuple(sizes)
-
-
-@lru_cache(maxsize=4096)
 def stage_counts(layers: tuple[int, ...], num_kinds: int, pp: int, num_chunks: int) -> np.ndarray:
     """How many blocks of each kind every stage holds: [num_kinds, pp]. Chunk c of the model belongs to stage c modulo pp."""
     counts = np.zeros((num_kinds, pp))
     first = 0
-    for chunk, size in enumerate(_chunk_sizes(len(layers), num_chunks)):
+    for chunk, size in enumerate(chunk_sizes(len(layers), num_chunks)):
         for kind in layers[first : first + size]:
             counts[kind, chunk % pp] += 1
         first += size

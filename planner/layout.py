@@ -7,13 +7,14 @@ pipeline stage (dp, cp and tp together), as Megatron-Core and torchtitan do.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 
 from planner.spec import PositiveInt, Spec, ZeroStage
 
-__all__ = ["Layout", "LayoutArrays", "PartialLayout", "describe_layout"]
+__all__ = ["Layout", "LayoutArrays", "PartialLayout", "chunk_sizes", "describe_layout"]
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "dualpipe"]
 
@@ -114,3 +115,17 @@ def describe_layout(layout: Layout) -> str:
     if layout.pp > 1:
         extra.append(f"{layout.schedule}" + (f" x{layout.num_virtual_stages}" if layout.num_virtual_stages > 1 else ""))
     return " ".join([*degrees, *extra]) if degrees else " ".join(["one device", *extra])
+
+
+@lru_cache(maxsize=4096)
+def chunk_sizes(num_layers: int, num_chunks: int) -> tuple[int, ...]:
+    """Layers per chunk, as even as can be; the last chunk (head) and then the first (embedding) go short first.
+
+    Llama 3 405B: 126 layers in 128 places leave the first and the last one short (arXiv:2407.21783, section 3.3.2).
+    """
+    sizes = [-(-num_layers // num_chunks)] * num_chunks
+    order = [i for pair in zip(range(num_chunks - 1, -1, -1), range(num_chunks), strict=True) for i in pair]
+    order = list(dict.fromkeys(order))
+    for i in order[: sum(sizes) - num_layers]:
+        sizes[i] -= 1
+    return tuple(sizes)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from planner.model_spec import Mla, ModelSpec
@@ -91,9 +91,9 @@ class _Core(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if self.is_unfused:
             with sdpa_kernel(SDPBackend.MATH):
-                out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=heads != kv_heads)
+                out = functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=heads != kv_heads)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=heads != kv_heads)
+            out = functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=heads != kv_heads)
         return out.transpose(1, 2).flatten(2)
 
 

@@ -87,6 +87,7 @@ class Kernels:
 
     attention: Literal["flash", "unfused"] = "flash"
     loss: Literal["chunked", "fused", "unfused"] = "chunked"
+    recompute: Literal["none", "selective", "full"] = "none"
 
 
 class Training(Spec):
@@ -178,7 +179,7 @@ class RunConfig:
     def kernels(self) -> Kernels:
         """`auto` means flash attention and chunked loss, as the stack file `reftrain` says."""
         attention, loss = self.workload.attention_kernel, self.workload.loss_kernel
-        return Kernels("flash" if attention == "auto" else attention, "chunked" if loss == "auto" else loss)
+        return Kernels("flash" if attention == "auto" else attention, "chunked" if loss == "auto" else loss, self.workload.recompute)
 
 
 def load_run_config(path: str | Path, changes: dict[str, Any] | None = None) -> RunConfig:

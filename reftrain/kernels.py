@@ -111,17 +111,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
+        ctx.is_scaled = False
+        ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype if bias is not None else None)
         return total / num_targets
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.grads
-        ctx.grads = None
-        scale = grads[0]
-        weight_dtype, bias_dtype = ctx.dtypes
-        scaled_bias = grad_bias.mul_(scale).to(bias_dtype) if grad_bias is not None else None
-        return grad_hidden.mul_(scale.to(grad_hidden.dtype)), grad_weight.mul_(scale).to(weight_dtype), scaled_bias, None, None, None, None
+        # A zero-bubble pipeline comes here twice, for the input's gradient and for the weight's: scaled once, both find it done.
+        held = [grad for grad in ctx.grads if grad is not None]
+        if not ctx.is_scaled:
+            torch._foreach_mul_(held, grads[0].float())
+            ctx.is_scaled = True
+        cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True))
+        return (*cast, None, None, None, None)
 
 
 def _chunk_loss(logits: Tensor, targets: Tensor, first_class: int, group: Any, wants_grad: bool) -> tuple[Tensor, Tensor | None]:

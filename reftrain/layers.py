@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from planner.model_spec import ModelSpec
 from reftrain.axes import SINGLE, Axes, local
@@ -18,13 +18,14 @@ from reftrain.kernels import rms_norm
 
 __all__ = ["FeedForward", "LayerNorm", "Linear", "RmsNorm", "TokenEmbedding", "activate", "make_norm"]
 
-Split = Literal["column", "row", "none"]
+Split = Literal["column", "row", "none", "inside"]
 
 
 class Linear(nn.Module):
     """y = x W^T + b, its weight split over tensor-parallel ranks by columns, by rows, or not at all.
 
-    Shapes: x [..., in], weight [out, in]; column: out/t here, row: in/t here and y summed over the ranks.
+    Shapes: x [..., in], weight [out, in]; column: out/t here; row: in/t here and y summed over the ranks; none: whole,
+    between split regions; inside: whole, within one.
     """
 
     axes: Axes = SINGLE
@@ -37,13 +38,14 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        if self.split == "none":
-            weight, bias = self.axes.whole(self.weight), None if self.bias is None else self.axes.whole(self.bias)
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        if self.split in ("none", "inside"):
+            hold = self.axes.whole if self.split == "none" else self.axes.split_whole
+            weight, bias = hold(self.weight), None if self.bias is None else hold(self.bias)
+            return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         weight = local(self.weight).to(x.dtype)
         if self.split == "column":
-            return F.linear(x, weight, None if self.bias is None else local(self.bias).to(x.dtype))
-        y = self.axes.leave(F.linear(x, weight))
+            return functional.linear(x, weight, None if self.bias is None else local(self.bias).to(x.dtype))
+        y = self.axes.leave(functional.linear(x, weight))
         return y if self.bias is None else y + self.axes.whole(self.bias).to(y.dtype)
 
 
@@ -81,7 +83,7 @@ class LayerNorm(nn.Module):
         """Shapes: [..., width] -> [..., width]."""
         hold = self.axes.split_whole if self.is_inside else self.axes.whole
         bias = None if self.bias is None else hold(self.bias).to(x.dtype)
-        return F.layer_norm(x, (x.shape[-1],), hold(self.weight).to(x.dtype), bias, self.eps)
+        return functional.layer_norm(x, (x.shape[-1],), hold(self.weight).to(x.dtype), bias, self.eps)
 
 
 def make_norm(spec: ModelSpec, details: ModelDetails, width: int, *, bias: bool | None = None) -> RmsNorm | LayerNorm:
@@ -107,18 +109,18 @@ class TokenEmbedding(nn.Module):
         """Looked up in fp32 or the gathered format, then cast."""
         table = local(self.weight)
         if self.axes.tp_mesh is None:
-            return F.embedding(tokens, table).to(dtype)
+            return functional.embedding(tokens, table).to(dtype)
         mine = tokens - table.shape[0] * self.axes.tp_mesh.get_local_rank()
         is_mine = (mine >= 0) & (mine < table.shape[0])
-        rows = F.embedding(torch.where(is_mine, mine, 0), table) * is_mine.unsqueeze(-1)
+        rows = functional.embedding(torch.where(is_mine, mine, 0), table) * is_mine.unsqueeze(-1)
         return self.axes.leave(rows.to(dtype))
 
 
 def activate(x: Tensor, kind: str, is_tanh_gelu: bool) -> Tensor:
     """The feed-forward layer's nonlinearity."""
     if kind == "gelu":
-        return F.gelu(x, approximate="tanh" if is_tanh_gelu else "none")
-    return F.silu(x) if kind == "silu" else F.relu(x)
+        return functional.gelu(x, approximate="tanh" if is_tanh_gelu else "none")
+    return functional.silu(x) if kind == "silu" else functional.relu(x)
 
 
 class FeedForward(nn.Module):

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional
 
 from planner.errors import InputError, Problem
 from planner.model_spec import ModelSpec
@@ -24,6 +24,7 @@ from reftrain.config import Kernels, ModelDetails
 from reftrain.kernels import linear_cross_entropy
 from reftrain.layers import FeedForward, LayerNorm, Linear, RmsNorm, TokenEmbedding, activate, make_norm
 from reftrain.moe import Mixture
+from reftrain.recompute import recompute
 
 __all__ = ["Block", "Transformer", "check_supported", "initialize", "parameter_count"]
 
@@ -73,7 +74,7 @@ class Embeddings(nn.Module):
         if self.kind is not None:  # one segment: every token is of kind 0
             x = x + self.axes.whole(self.kind)[0].to(dtype)
         x = x if self.norm is None else self.norm(x)
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return functional.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def _mine(self, positions: Tensor) -> Tensor:
         """With sequence parallelism each tp rank embeds its own slice."""
@@ -93,13 +94,17 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(spec, details, h) if spec.num_block_norms > 1 else None
         is_mixture = spec.moe is not None and spec.has_moe_at(layer)
         self.mlp = Mixture(spec, details, spec.moe) if is_mixture and spec.moe else FeedForward(spec, details)
+        self.policy = kernels.recompute
         self.is_parallel, self.is_post_norm, self.dropout = spec.is_parallel_block, spec.family == "bert", spec.hidden_dropout
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return functional.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """Shapes: [B, S, H] -> [B, S, H]."""
+        return recompute(self.policy, self._compute, x, positions)
+
+    def _compute(self, x: Tensor, positions: Positions) -> Tensor:
         if self.is_post_norm:
             x = self.attention_norm(x + self._drop(self.attention(x, positions)))
             return self.mlp_norm(x + self._drop(self.mlp(x)))  # type: ignore[no-any-return, misc]
@@ -135,7 +140,7 @@ class Head(nn.Module):
     def logits(self, x: Tensor, tied: Tensor | None) -> Tensor:
         """Shapes: [B, S, H] -> [B, S, V/t]."""
         x = self._normed(x)
-        return F.linear(x, *self._projection(x.dtype, tied))
+        return functional.linear(x, *self._projection(x.dtype, tied))
 
     def _projection(self, dtype: torch.dtype, tied: Tensor | None) -> tuple[Tensor, Tensor | None]:
         weight = self.weight if self.weight is not None else tied
@@ -148,14 +153,15 @@ class Head(nn.Module):
         x = self._normed(x).flatten(0, 1)
         weight, bias = self._projection(x.dtype, tied)
         if self.loss_kernel == "unfused" and self.axes.tp_mesh is None:
-            return F.cross_entropy(F.linear(x, weight, bias).float(), targets.flatten())
+            return functional.cross_entropy(functional.linear(x, weight, bias).float(), targets.flatten())
         return linear_cross_entropy(x, weight, bias, targets.flatten(), num_chunks=CHUNKS.get(self.loss_kernel, 1), group=self.axes.tp_group)
 
 
 class Transformer(nn.Module):
     """The whole model, or the blocks of one pipeline stage with the embedding if it is the first and the head if it is the last.
 
-    Shapes: tokens [B, S] (later stages: hidden [B, S, H]) and targets [B, S] -> the mean loss in nats (earlier stages: hidden).
+    Shapes: tokens [B, S] (later stages: hidden [B, S, H]) and targets [B, S] -> the mean loss in nats, [1], because pipelines
+    join what their microbatches return (earlier stages: hidden).
     Parameters keep their names whatever the stage: `blocks.7.attention.q.weight`.
     """
 
@@ -208,7 +214,7 @@ class Transformer(nn.Module):
         x = self.hidden(x)
         if self.head is None or targets is None:
             return x
-        return self.head(x, targets, self._tied_table())  # type: ignore[no-any-return]
+        return self.head(x, targets, self._tied_table()).unsqueeze(0)  # type: ignore[no-any-return]
 
     def set_axes(self, axes: Axes) -> None:
         """Tells every layer with whom it shares its work."""

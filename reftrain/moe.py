@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.nn import functional
 
 from planner.model_spec import ModelSpec, Moe
 from reftrain.axes import SINGLE, Axes, local
@@ -75,13 +75,13 @@ class Experts(nn.Module):
         gate = None if self.gate is None else local(self.gate).to(x.dtype)
         out = []
         for i, rows in enumerate(x.split(counts)):
-            inner = F.linear(rows, up[i])
+            inner = functional.linear(rows, up[i])
             inner = (
                 activate(inner, self.kind, self.is_tanh_gelu)
                 if gate is None
-                else activate(F.linear(rows, gate[i]), self.kind, self.is_tanh_gelu) * inner
+                else activate(functional.linear(rows, gate[i]), self.kind, self.is_tanh_gelu) * inner
             )
-            out.append(F.linear(inner, down[i]))
+            out.append(functional.linear(inner, down[i]))
         return torch.cat(out)
 
 

@@ -1,0 +1,54 @@
+"""Pipeline schedules of torch.distributed.pipelining over this rank's model parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+
+from reftrain.config import RunConfig
+from reftrain.model import Transformer
+from reftrain.parallel import Ranks
+
+__all__ = ["make_pipeline"]
+
+ONE_CHUNK = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+MANY_CHUNKS = {"interleaved_1f1b": ScheduleInterleaved1F1B, "zb_h1": ScheduleInterleavedZeroBubble}
+"""torch's zero-bubble schedule with one chunk per rank is ZB-H1 (arXiv:2401.10241)."""
+
+
+def make_pipeline(config: RunConfig, ranks: Ranks, models: list[Transformer]) -> Callable[[list[tuple[Tensor, Tensor]]], Tensor]:
+    """A function that runs one step's microbatches and returns their mean loss on the last stage, 0 elsewhere."""
+    layout = config.layout
+    if ranks.main is None:
+        raise RuntimeError("a pipeline needs more than one process")
+    group = ranks.main["pp"].get_group()
+    num_stages = layout.pp * layout.num_virtual_stages
+    stages = [PipelineStage(model, ranks.pp_rank + i * layout.pp, num_stages, ranks.device, group=group) for i, model in enumerate(models)]
+    options: dict[str, Any] = {"n_microbatches": config.num_microbatches, "loss_fn": lambda output, _target: output.sum()}
+    if layout.schedule in ONE_CHUNK:
+        schedule: Any = ONE_CHUNK[layout.schedule](stages[0], **options)
+    else:
+        schedule = MANY_CHUNKS[layout.schedule](stages, **options)
+    is_last = any(model.head is not None for model in models)
+    is_first = any(model.embeddings is not None for model in models)
+
+    def run(microbatches: list[tuple[Tensor, Tensor]]) -> Tensor:
+        tokens, targets = (torch.cat(tensors) for tensors in zip(*microbatches, strict=True))
+        losses: list[Tensor] = []
+        schedule.step(
+            *((tokens,) if is_first else ()), target=targets if is_last else None, losses=losses if is_last else None,
+            targets=targets, return_outputs=False,
+        )  # fmt: skip
+        return torch.stack([loss.detach() for loss in losses]).mean() if is_last else torch.zeros((), device=ranks.device)
+
+    return run

@@ -1,0 +1,39 @@
+"""What a block keeps for its backward pass: everything, matmul outputs and attention, or its input alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+__all__ = ["recompute"]
+
+aten = torch.ops.aten
+KEPT = {
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default,
+    aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.all_gather_into_tensor.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default, torch.ops._c10d_functional.wait_tensor.default,
+}  # fmt: skip
+"""Outputs that selective recompute keeps: what is slow to make again. Norms, activations and products with gates are not."""
+
+
+def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recompute(policy: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, keeping what `policy` (none, selective, full) says.
+
+    Recomputation stops as soon as every tensor that the backward pass wants is there again.
+    """
+    if policy == "none" or not torch.is_grad_enabled():
+        return function(*args)
+    if policy == "full":
+        return checkpoint(function, *args, use_reentrant=False)  # type: ignore[no-any-return]
+    return checkpoint(function, *args, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _policy))  # type: ignore[no-any-return]
