@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,7 +44,6 @@ from reftrain.checkpoint_files import (
     json_bytes,
     parse_bytes,
     read_manifest,
-    remove,
     sync_folder,
     write_file,
 )
@@ -155,9 +155,9 @@ class CheckpointStore:
                 self._each(lambda: self._publish(temporary, final), num_bytes, first_only=True)
             except BaseException:
                 if self._rank == 0 and not refusal:
-                    remove(temporary)
+                    self._discard(temporary)
                 raise
-            if self._rank == 0:
+            if self._rank == 0:  # the checkpoint stands; nothing from here on makes the save fail
                 self._drop(step)
                 self._on_stage("dropped")
         self._timeline_step = step
@@ -166,7 +166,7 @@ class CheckpointStore:
         if refusal:
             raise refusal
         for path in self._named("tmp", "drop"):  # the lock is ours, so their writers are dead
-            remove(path)
+            self._discard(path)
         for path in self._named("old"):  # a writer that died between the two renames of `_publish`
             if not (self.folder / path.name[1:].split(".")[0]).exists():
                 os.rename(path, self.folder / path.name[1:].split(".")[0])
@@ -197,16 +197,22 @@ class CheckpointStore:
 
     def _drop(self, step: int) -> None:
         """Deletes what is beyond `keep`, a future that was rolled back, and leftovers; a failure is reported, never raised."""
+        complete = self._complete()
+        older = [path for s, path in complete if s <= step]
+        for path in older[self.keep :] + [path for s, path in complete if s > step] + self._named("old"):
+            self._discard(path)
+
+    def _discard(self, path: Path) -> None:
+        """Deletes a folder, which first gets a name that is no checkpoint's; a failure is reported, and the next save tries again."""
+        away = self.folder / f".{path.name.lstrip('.').split('.')[0]}.drop-{uuid.uuid4().hex[:12]}"
         try:
-            complete = self._complete()
-            older = [path for s, path in complete if s <= step]
-            for path in older[self.keep :] + [path for s, path in complete if s > step] + self._named("old"):
-                away = self.folder / f".{path.name.lstrip('.').split('.')[0]}.drop-{uuid.uuid4().hex[:12]}"
-                os.rename(path, away)  # a half deleted folder must not look like a checkpoint
-                remove(away)
+            os.rename(path, away)
+            shutil.rmtree(away)
+        except FileNotFoundError:
+            pass
         except OSError as error:
-            rule = f"could not be rid of old checkpoints ({error.strerror})"
-            self._report(Problem("checkpoint", str(self.folder), rule, "delete them by hand", str(self.folder)))
+            rule = f"could not be deleted ({error.strerror})"
+            self._report(Problem("checkpoint", str(path), rule, "mend the disk; the next save tries again", str(path)))
 
     @contextmanager
     def _lock(self, num_bytes: int) -> Iterator[InputError | None]:

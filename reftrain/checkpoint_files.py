@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from planner.files import parse_json, read_text, to_json
 
 __all__ = [
     "MANIFEST", "FileRecord", "Manifest", "damage", "decode", "encode", "json_bytes", "parse_bytes",
-    "read_manifest", "remove", "safetensors_header", "sync_folder", "tensor_bytes", "write_file",
+    "read_manifest", "safetensors_header", "sync_folder", "tensor_bytes", "write_file",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
@@ -167,11 +166,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def remove(path: Path) -> None:
-    """Deletes a folder if it can; what is left is taken up by the next save."""
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def safetensors_header(tensors: Mapping[str, torch.Tensor]) -> bytes:
