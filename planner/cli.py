@@ -18,7 +18,7 @@ from typer.exceptions import TyperException
 
 from planner.errors import InputError, PlannerError, Problem, nearest
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run_app"]
 
 app = typer.Typer(
     add_completion=False,
@@ -265,15 +265,20 @@ def _usage_problem(error: TyperException) -> Problem:
         known = list(context.command.commands)
         name = error.message.split("'")[1] if "'" in error.message else error.message
         close = nearest(name, known)
-        return Problem("command", name, f"must be one of {', '.join(known)}", f"did you mean {', '.join(close)}?" if close else "see planner --help")
+        return Problem("command", name, f"must be one of {', '.join(known)}", f"did you mean {', '.join(close)}?" if close else f"see {command} --help")
     return Problem("command line", error.format_message(), f"must be as {command} --help shows", f"see {command} --help")
 
 
 def main() -> NoReturn:
     """Runs the command line and exits with its status."""
+    sys.exit(run_app(app, "planner"))
+
+
+def run_app(command: typer.Typer, name: str) -> int:
+    """Runs a command line; every error becomes a message and the exit status of the contract, never a traceback."""
     as_json = "--json" in sys.argv
     try:
-        result = app(standalone_mode=False, prog_name="planner")
+        result = command(standalone_mode=False, prog_name=name)
         status = result if isinstance(result, int) else 0
         sys.stdout.flush()
     except PlannerError as error:
@@ -289,10 +294,11 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except Exception as error:  # the last line of defence: a fault of ours must still read like one
+        debug = f"{name.upper()}_DEBUG"
         sys.stderr.write(
-            f"planner failed: {type(error).__name__}: {error}\nThis is a fault of ours; set PLANNER_DEBUG=1 to see where, and please report it.\n"
+            f"{name} failed: {type(error).__name__}: {error}\nThis is a fault of ours; set {debug}=1 to see where, and please report it.\n"
         )
-        if os.environ.get("PLANNER_DEBUG"):
+        if os.environ.get(debug):
             traceback.print_exc()
         status = 1
-    sys.exit(status)
+    return status

@@ -26,7 +26,7 @@ MANY_CHUNKS = {"interleaved_1f1b": ScheduleInterleaved1F1B, "zb_h1": ScheduleInt
 """torch's zero-bubble schedule with one chunk per rank is ZB-H1 (arXiv:2401.10241)."""
 
 
-def make_pipeline(config: RunConfig, ranks: Ranks, models: list[Transformer]) -> Callable[[list[tuple[Tensor, Tensor]]], Tensor]:
+def make_pipeline(config: RunConfig, ranks: Ranks, models: list[Transformer]) -> Callable[..., Tensor]:
     """A function that runs one step's microbatches and returns their mean loss on the last stage, 0 elsewhere."""
     layout = config.layout
     if ranks.main is None:
@@ -42,10 +42,11 @@ def make_pipeline(config: RunConfig, ranks: Ranks, models: list[Transformer]) ->
     is_last = any(model.head is not None for model in models)
     is_first = any(model.embeddings is not None for model in models)
 
-    def run(microbatches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def run(microbatches: list[tuple[Tensor, Tensor]], *, is_training: bool = True) -> Tensor:
         tokens, targets = (torch.cat(tensors) for tensors in zip(*microbatches, strict=True))
         losses: list[Tensor] = []
-        schedule.step(
+        step = schedule.step if is_training else schedule.eval
+        step(
             *((tokens,) if is_first else ()), target=targets if is_last else None, losses=losses if is_last else None,
             targets=targets, return_outputs=False,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +78,18 @@ class Engine:
             total += loss.detach()
         return total
 
+    @torch.no_grad()
+    def evaluate(self, microbatches: list[tuple[Tensor, Tensor]]) -> float:
+        """Mean loss over `microbatches` of all ranks, without gradients."""
+        if self.pipeline is not None:
+            total = self.pipeline(microbatches, is_training=False)
+        else:
+            total = torch.stack([self.parts[0](tokens, targets)[0] for tokens, targets in microbatches]).mean()
+        mean = total.double() / self.ranks.stage_size
+        if self.ranks.world_size > 1:
+            dist.all_reduce(mean)
+        return float(mean)
+
     def _synchronized(self, is_last: bool) -> Any:
         """What crosses ranks after each microbatch: ZeRO-2 and 3 scatter gradients every time, the others once per step."""
         part, zero = self.parts[0], self.config.layout.zero_stage
@@ -92,7 +104,7 @@ class Engine:
 
     def agree(self, loss: Tensor) -> tuple[float, float]:
         """(mean loss, norm of all gradients without loss scale), the same on every rank."""
-        layout, ranks = self.config.layout, self.ranks
+        ranks = self.ranks
         pairs = local_gradients(self.parts)
         square = local_squared_norm(pairs, ranks.stage_size, self._left_out)
         both = torch.stack([loss.double() / ranks.stage_size, square.to(loss.device)])
@@ -183,6 +195,3 @@ def _flat(mesh: Any, names: tuple[str, ...]) -> dist.ProcessGroup:
     if key not in _FLAT:
         _FLAT[key] = mesh[names]._flatten().get_group()
     return _FLAT[key]
-
-
-Forward = Callable[[list[tuple[Tensor, Tensor]]], Tensor]

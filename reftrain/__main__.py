@@ -1,0 +1,5 @@
+"""`python -m reftrain`."""
+
+from reftrain.cli import main
+
+main()

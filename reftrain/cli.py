@@ -1,0 +1,101 @@
+"""The command line of the trainer. The only place that prints or exits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from planner.cli import run_app
+from planner.errors import InputError, MissingPieceError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True,
+    help="Run a plan as it is, and measure it against its prediction.",
+)  # fmt: skip
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+PlanFile = Annotated[str, typer.Argument(metavar="PLAN.yaml", help="A plan file, as `planner estimate --out` writes it.")]
+RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder that `reftrain run` wrote.")]
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `run` a command even when it is the only one."""
+
+
+def _changes(settings: list[str] | None, steps: int | None, data: str | None) -> dict[str, Any]:
+    """`--set key=value` and the short forms, as keys of `training:`."""
+    from planner.files import parse_yaml
+
+    changes: dict[str, Any] = {}
+    for text in settings or []:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise InputError.single("--set", text, "must be KEY=VALUE", "write e.g. --set learning_rate=3e-4")
+        changes[key.removeprefix("training.")] = parse_yaml(value, "--set")
+    if steps is not None:
+        changes["num_steps"] = steps
+    if data is not None:
+        changes["data"] = data
+    return changes
+
+
+@app.command(epilog="Example: reftrain run plan.yaml --out runs/first --steps 200")
+def run(
+    plan: PlanFile,
+    out: Annotated[str | None, typer.Option(metavar="RUN_DIR", help="Where to write; default runs/NAME beside the plan.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint of RUN_DIR.")] = False,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps, instead of the plan's tokens.", min=1)] = None,
+    data: Annotated[str | None, typer.Option(metavar="DIR", help="corpus, synthetic, or a folder of `reftrain data prepare`.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A key of training:, e.g. learning_rate=3e-4.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Write trace.json for ui.perfetto.dev.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train as the plan says; also under torchrun."""
+    import torch  # noqa: F401  (the command fails here, with advice, where torch is missing)
+
+    from reftrain.config import load_run_config
+    from reftrain.launch import is_worker, launch
+    from reftrain.prepare_run import prepare_data, prepare_folder
+    from reftrain.progress import make_progress
+    from reftrain.train import RunOptions, train
+
+    config = load_run_config(plan, _changes(settings, steps, data))
+    folder = Path(out) if out else Path(plan).resolve().parent / "runs" / Path(plan).stem
+    if not is_worker() and config.layout.num_devices > 1:
+        prepare_folder(config, folder, resume)
+        prepare_data(config, folder)
+        raise typer.Exit(launch([*sys.argv[1:], *(["--out", str(folder)] if out is None else [])], config.layout.num_devices))
+    if not is_worker():
+        prepare_folder(config, folder, resume)
+    options = RunOptions(folder, prepare_data(config, folder), resume, profile)
+    progress, close = make_progress(config, is_quiet=as_json)
+    try:
+        summary = train(config, options, progress)
+    finally:
+        close()
+    if summary.values:
+        _report(summary.values, folder, as_json)
+
+
+def _report(values: dict[str, Any], folder: Path, as_json: bool) -> None:
+    from planner.files import to_json
+    from reftrain.progress import render_summary
+
+    sys.stdout.write(to_json(values) if as_json else render_summary(values, folder))
+
+
+def main() -> NoReturn:
+    """Runs the command line and exits with its status."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        if not {"--help", "-h"} & set(sys.argv):
+            error = MissingPieceError("reftrain needs torch, which is not installed: pip install 'llm-planner[reftrain]'")
+            sys.stderr.write(f"{error}\n")
+            sys.exit(error.exit_status)
+    sys.exit(run_app(app, "reftrain"))

@@ -1,0 +1,166 @@
+"""What a run measures about itself: FLOPs by op, peak memory, a log line per step, and medians without warm-up.
+
+One early step is instrumented (exact live bytes, FLOPs of every op) and takes no part in the timings, so that timed steps carry
+a handful of clock reads and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from planner.errors import InputError
+from planner.files import read_text, write_text
+from reftrain.live_memory import LiveMemory
+
+__all__ = ["Instruments", "MetricsLog", "Summary", "read_metrics", "summarize"]
+
+INSTRUMENTED_STEP = 1
+"""The second step of a process: optimizer states are there, and it is not a timed one."""
+WARMUP_STEPS = 3
+"""First steps of a process that no median counts: allocators, caches and lazy initialization settle."""
+PHASES = ("data", "forward", "backward", "forward_backward", "communication", "optimizer")
+aten = torch.ops.aten
+
+
+def _forward_attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _backward_attention(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)  # type: ignore[no-any-return, no-untyped-call]
+
+
+CPU_FLASH = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _forward_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_attention,
+}
+"""The CPU's attention kernel, which torch's counter does not know everywhere. Full attention, not causal, as for the others."""
+
+
+class Instruments:
+    """Looks closely at one step: `with instruments.watch(...)` around it."""
+
+    def __init__(self) -> None:
+        self.flops: dict[str, int] = {}
+        self.peak_bytes = 0
+        self.state_bytes = 0
+
+    @contextmanager
+    def watch(self, tensors: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+        """Counts FLOPs and live bytes of its body; `tensors` are those alive before."""
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_FLASH)
+        memory = LiveMemory(tensors)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with ExitStack() as stack:
+            stack.enter_context(counter)
+            stack.enter_context(memory)
+            yield
+        self.flops = {str(op): int(count) for op, count in counter.get_flop_counts().get("Global", {}).items()}
+        self.state_bytes = memory.start_bytes
+        self.peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak_bytes
+
+    @property
+    def attention_flops(self) -> int:
+        """FLOPs of attention kernels, over all pairs of positions."""
+        return sum(count for op, count in self.flops.items() if "scaled_dot_product" in op or "flash" in op)
+
+    @property
+    def total_flops(self) -> int:
+        """FLOPs of all matmuls and attention kernels on this rank."""
+        return sum(self.flops.values())
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object per line, appended and flushed; a torn last line of a killed run is cut off when reopened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists():
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) != len(data):
+                os.truncate(path, len(whole))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one record; numbers that JSON lacks become text."""
+        self._file.write(json.dumps(record, default=str).replace("NaN", '"nan"').replace("-Infinity", '"-inf"').replace("Infinity", '"inf"') + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a log; a resumed run's later record of a step replaces the earlier one.
+
+    Raises:
+        InputError: no such file.
+    """
+    records: dict[Any, dict[str, Any]] = {}
+    for i, line in enumerate(read_text(path, max_bytes=1 << 30).splitlines()):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        records[("step", record["step"]) if record.get("kind") == "step" else (record.get("kind"), i)] = record
+    return list(records.values())
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run measured, as `summary.json` holds it."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Writes it whole or not at all."""
+        write_text(path, json.dumps(self.values, indent=1) + "\n")
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile, and number of values.
+
+    Example:
+        >>> spread([1.0, 2.0, 3.0])
+        {'median': 2.0, 'p10': 1.0, 'p90': 3.0, 'count': 3}
+    """
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return {"median": statistics.median(ordered), "p10": ordered[round(0.1 * last)], "p90": ordered[round(0.9 * last)], "count": len(ordered)}
+
+
+def summarize(records: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Summary:
+    """Medians over the timed steps of a run, beside `facts` that do not change from step to step.
+
+    Raises:
+        InputError: fewer timed steps than a median needs.
+    """
+    steps = [r for r in records if r.get("kind") == "step"]
+    timed = [r for r in steps if r.get("timed")]
+    if not steps:
+        raise InputError.single("steps", 0, "the run has no finished step", "run it longer")
+    num_skipped = sum(1 for record in steps if record.get("skipped"))
+    values: dict[str, Any] = {**facts, "num_steps": len(steps), "final_loss": steps[-1]["loss"], "num_skipped": num_skipped}
+    recent = [r["loss"] for r in steps[-max(len(steps) // 10, 1) :] if isinstance(r["loss"], float)]
+    values["recent_loss"] = statistics.fmean(recent) if recent else None
+    if timed:
+        values["step_s"] = spread([r["step_s"] for r in timed])
+        values["tokens_per_s"] = facts["tokens_per_step"] / values["step_s"]["median"]
+        values["breakdown_s"] = {
+            phase: statistics.median(r["phases_s"].get(phase, 0.0) for r in timed) for phase in PHASES if any(phase in r["phases_s"] for r in timed)
+        }
+    return Summary(values)

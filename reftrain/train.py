@@ -1,0 +1,282 @@
+"""The training loop, top to bottom: start, resume, step, look, save, stop."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from planner.errors import InputError
+from reftrain.batches import Batches, open_batches
+from reftrain.checkpoint import CheckpointStore
+from reftrain.config import RunConfig
+from reftrain.guard import SpikeGuard, TrainingDivergedError
+from reftrain.measure import INSTRUMENTED_STEP, WARMUP_STEPS, Instruments, MetricsLog, Summary, read_metrics, summarize
+from reftrain.parallel import Ranks, check_runnable, end_distributed, start_ranks
+from reftrain.steps import Engine, StepTimes
+
+__all__ = ["RunOptions", "train"]
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run writes and how it starts."""
+
+    out: Path
+    data: str
+    """`synthetic` or a folder with token shards."""
+    resume: bool = False
+    profile: bool = False
+    device: torch.device | None = None
+
+
+def train(config: RunConfig, options: RunOptions, progress: Progress = lambda record: None) -> Summary:
+    """Runs a plan to its end (or to SIGTERM), writes `metrics.jsonl`, checkpoints and `summary.json` under `options.out`.
+
+    Raises:
+        InputError: a layout that cannot run here, unusable data, a folder that holds another run.
+        TrainingDivergedError: bad losses that neither skipping nor rolling back cured; the last good checkpoint stays.
+    """
+    ranks = start_ranks(config.layout, options.device)
+    try:
+        check_runnable(config, ranks.device)
+        set_numerics(config)
+        return Trainer(config, options, ranks, progress).run()
+    finally:
+        end_distributed()
+
+
+def set_numerics(config: RunConfig) -> None:
+    """tf32 only where the plan says so."""
+    allowed = config.workload.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+class Trainer:
+    """State of one run on one rank."""
+
+    def __init__(self, config: RunConfig, options: RunOptions, ranks: Ranks, progress: Progress) -> None:
+        self.config, self.options, self.ranks, self.progress = config, options, ranks, progress
+        training = config.training
+        self.engine = Engine(config, ranks)
+        self.batches: Batches = open_batches(config, ranks, options.data)
+        self.guard = SpikeGuard(training.spike_sigmas, training.max_skipped_steps, training.max_rollbacks)
+        self.store = CheckpointStore(options.out / "checkpoints", training.keep_checkpoints, on_problem=lambda problem: say(f"warning: {problem}"))
+        self.instruments = Instruments()
+        self.step = self.position = self.steps_here = 0
+        self.saved_step = -1
+        self.stop_signal = 0
+        self.log = MetricsLog(options.out / "metrics.jsonl") if ranks.is_first else None
+
+    def run(self) -> Summary:
+        """Start or resume, then step by step to the end."""
+        self._listen()
+        self._start()
+        while self.step < self.config.num_steps and not self._agree_to_stop():
+            self._one_step()
+            if self.step % self.config.training.checkpoint_every_steps == 0:
+                self._save(block=not self.config.training.async_checkpoints)
+            if self.config.training.eval_every_steps and self.step % self.config.training.eval_every_steps == 0:
+                self._evaluate()
+        if self.saved_step != self.step:
+            self._save(block=True)
+        self.store.wait()
+        if self.step >= self.config.num_steps:
+            self._evaluate()
+        return self._finish()
+
+    def _listen(self) -> None:
+        """SIGTERM and SIGINT: finish the step, save, leave. A second one ends at once."""
+
+        def note(number: int, _frame: object) -> None:
+            if self.stop_signal:
+                os._exit(128 + number)
+            self.stop_signal = number
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, note)
+
+    def _agree_to_stop(self) -> bool:
+        """Whether any rank was told to stop."""
+        if self.ranks.world_size == 1:
+            return self.stop_signal != 0
+        told = torch.tensor([self.stop_signal], device=self.ranks.device)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        self.stop_signal = int(told.item())
+        return self.stop_signal != 0
+
+    def _start(self) -> None:
+        """From the newest checkpoint where asked to, else from step 0 with fresh or given weights."""
+        newest = self.store.newest() if self.options.resume else None
+        if newest is not None:
+            self._load(newest)
+            self._write({"kind": "resumed", "step": self.step, "checkpoint": newest})
+            return
+        if self.config.training.init_from:
+            from reftrain.hf_weights import load_weights
+
+            if self.ranks.world_size > 1:
+                rule = "weights are read by one process"
+                raise InputError.single("training.init_from", self.config.training.init_from, rule, "make a checkpoint on one device, then --resume")
+            load_weights(self.engine.models[0], self.config.training.init_from)
+        self._save(block=not self.config.training.async_checkpoints)
+
+    def _one_step(self) -> None:
+        """Data, forward, backward, one decision, update, one line in the log."""
+        times, device = StepTimes(), self.ranks.device
+        # Random numbers (dropout) follow from the step alone, so that there is no state of theirs to save.
+        torch.manual_seed(hash((self.config.training.seed, self.step, self.ranks.rank)) & 0x7FFFFFFF)
+        is_watched = self.steps_here == INSTRUMENTED_STEP
+        start = time.perf_counter()
+        with times.phase("data", device):
+            microbatches = self.batches.microbatches(self.position)
+        if is_watched:
+            with self.instruments.watch(list(self._tensors()), device):
+                verdict, loss, norm, rate = self._work(microbatches, times)
+        else:
+            verdict, loss, norm, rate = self._work(microbatches, times)
+        step_s = time.perf_counter() - start
+        record = {
+            "kind": "step", "step": self.step, "loss": loss, "norm": norm, "learning_rate": rate, "step_s": step_s, "phases_s": times.parts,
+            "tokens_per_s": self.config.tokens_per_step / step_s, "position": self.position,
+            "timed": self.steps_here >= WARMUP_STEPS, **({"skipped": True} if verdict != "good" else {}),
+        }  # fmt: skip
+        self._write(record)
+        self.steps_here += 1
+        self.step += 1
+        self.position += self.config.global_batch_size
+        if verdict == "roll_back":
+            self._roll_back()
+        elif verdict == "stop":
+            self.store.wait()
+            raise TrainingDivergedError(
+                f"step {self.step - 1}: loss {loss:g}, gradient norm {norm:g}; {self.guard.num_skipped} steps were skipped and "
+                f"{self.guard.num_rollbacks - 1} rollbacks did not help. The last good checkpoint is {self.store.newest()}. "
+                "Lower training.learning_rate, lengthen training.warmup_steps, or look at the data of these samples."
+            )
+
+    def _work(self, microbatches: list[tuple[Tensor, Tensor]], times: StepTimes) -> tuple[str, float, float, float]:
+        loss, norm = self.engine.agree(self.engine.forward_backward(microbatches, times))
+        loss, norm = self._injected(loss, norm)
+        verdict = self.guard.judge(loss, norm)
+        if verdict != "good":
+            self.engine.skip()
+            return verdict, loss, norm, 0.0
+        with times.phase("optimizer", self.ranks.device):
+            rate = self.engine.update(self.step, norm)
+        return verdict, loss, norm, rate
+
+    def _injected(self, loss: float, norm: float) -> tuple[float, float]:
+        """Where fault injection for tests puts its hand in; see tests/reftrain/test_faults.py."""
+        return loss, norm
+
+    def _roll_back(self) -> None:
+        """Weights and states of the last checkpoint, but the data goes on behind the bad samples."""
+        self.store.wait()
+        newest = self.store.newest()
+        if newest is None:
+            raise TrainingDivergedError(f"step {self.step}: bad losses, and no checkpoint to go back to")
+        position, guard = self.position, self.guard.state()
+        self._load(newest)
+        self.position = position
+        self.guard.load_state({**guard, "losses": self.guard.state()["losses"], "norms": self.guard.state()["norms"]})
+        self._write({"kind": "rolled_back", "step": self.step, "position": position})
+
+    def _save(self, *, block: bool) -> None:
+        extra = {
+            "step": self.step, "position": self.position, "guard": self.guard.state(), "loss_scale": self.engine.loss_scale,
+            "good_steps": self.engine.good_steps, "model": self.config.model.name, "seed": self.config.training.seed,
+        }  # fmt: skip
+        self.store.save(self.step, self.engine.state(), extra, block=block)
+        self.saved_step = self.step
+
+    def _load(self, path: Path) -> None:
+        state = self.engine.state()
+        extra = self.store.load(path, state)
+        self.engine.load_state(state)
+        self.step, self.position = extra["step"], extra["position"]
+        self.saved_step = self.step
+        self.guard.load_state(extra["guard"])
+        self.engine.loss_scale, self.engine.good_steps = extra["loss_scale"], extra["good_steps"]
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Mean loss over held-out text, as nats per token and, where the text's bytes are known, bits per byte."""
+        for model in self.engine.models:
+            model.eval()
+        losses = [self.engine.evaluate(microbatches) for microbatches in self.batches.validation()]
+        for model in self.engine.models:
+            model.train()
+        if losses:
+            nats = sum(losses) / len(losses)
+            record: dict[str, Any] = {"kind": "eval", "step": self.step, "loss": nats, "num_lists": len(losses)}
+            bytes_per_token = getattr(self.batches.valid, "text_bytes", 0) / max(getattr(self.batches.valid, "num_tokens", 1), 1)
+            if bytes_per_token and self.config.model.is_causal:
+                record["bits_per_byte"] = nats / bytes_per_token / 0.6931471805599453
+            self._write(record)
+
+    def _tensors(self) -> Any:
+        """Everything alive between steps: weights, buffers, optimizer states."""
+        for part in self.engine.parts:
+            yield from part.parameters()
+            yield from part.buffers()
+        for optimizer in self.engine.optimizers:
+            for state in optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, (Tensor, DTensor)))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(record)
+            self.progress(record)
+
+    def _finish(self) -> Summary:
+        """Gathers what every rank measured; rank 0 writes `summary.json`."""
+        mine = {"peak_bytes": self.instruments.peak_bytes, "state_bytes": self.instruments.state_bytes,
+                "flops": self.instruments.total_flops, "attention_flops": self.instruments.attention_flops}  # fmt: skip
+        every: list[Any] = [mine]
+        if self.ranks.world_size > 1:
+            every = [None] * self.ranks.world_size
+            dist.all_gather_object(every, mine)
+        if self.log is None:
+            return Summary()
+        self.log.close()
+        config = self.config
+        facts = {
+            "schema_version": 1, "date": datetime.date.today().isoformat(), "device": device_name(self.ranks.device), "torch": torch.__version__,
+            "num_threads": torch.get_num_threads(), "num_devices": self.ranks.world_size, "tokens_per_step": config.tokens_per_step,
+            "is_complete": self.step >= config.num_steps, "stop_signal": self.stop_signal, "per_rank": every,
+            "peak_bytes": max(rank["peak_bytes"] for rank in every), "flops_per_step": sum(rank["flops"] for rank in every),
+            "attention_flops_per_step": sum(rank["attention_flops"] for rank in every),
+        }  # fmt: skip
+        records = read_metrics(self.options.out / "metrics.jsonl")
+        evals = [r for r in records if r.get("kind") == "eval"]
+        if evals:
+            facts["eval"] = {k: v for k, v in evals[-1].items() if k != "kind"}
+        summary = summarize(records, facts)
+        summary.save(self.options.out / "summary.json")
+        return summary
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.processor() or platform.machine())
+
+
+def say(text: str) -> None:
+    """A line for a person."""
+    sys.stderr.write(text + "\n")
