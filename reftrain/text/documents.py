@@ -39,13 +39,17 @@ class _Step:
 
 
 class Ledger:
-    """Counts documents and bytes by step and reason, with a few examples of each reason."""
+    """Counts documents and bytes by step and reason, with a few examples of each reason.
 
-    def __init__(self) -> None:
-        self._steps: dict[str, _Step] = {}
+    Args:
+        steps: the names of the steps, in the order in which the report shows them.
+    """
+
+    def __init__(self, *steps: str) -> None:
+        self._steps = {name: _Step() for name in steps}
 
     def step(self, name: str) -> _Step:
-        """The counts of one step; made at first sight, so the report keeps the order of the pipeline."""
+        """The counts of one step, a new one if need be."""
         return self._steps.setdefault(name, _Step())
 
     def drop(self, step: str, reason: str, document: Document, detail: str = "") -> None:
