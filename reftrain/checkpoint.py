@@ -8,8 +8,10 @@ Instead its planners are given JSON for values, and its storage interface is imp
 The order of a save, which is what makes it atomic: write everything into `.step-N.tmp-ID`, fsync files and folder, ONE rename, fsync of the parent.
 A folder named `step-N` is therefore complete; whether it is still intact the SHA-256 manifest says.
 
-A save in the background needs no second set of collectives over the tensors: planning (small, collective) and the copy of the pieces that this
-rank is to write happen at once, writing and hashing later in a thread, whose few messages go over a gloo group of the store's own.
+A save in the background is not DCP's `async_save`: that plans and gathers in its thread over the training's own process group, beside the
+training's own messages, refuses a group without a CPU backend, and fails where warnings are errors. Here planning (small, collective) and the
+copy of the pieces that this rank is to write happen at once; writing and hashing follow in a thread, whose few messages go over a gloo group
+of the store's own.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ T = TypeVar("T")
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in one folder that every process sees.
+    """The checkpoints of one run, in one folder that every process sees; one store per folder and process.
 
     In a job of several processes every method is collective: call it on all ranks, with the same arguments. Rank 0 writes the manifest.
 
@@ -241,7 +243,11 @@ class CheckpointStore:
     # --------------------------------------------------------------- loading
 
     def newest(self) -> Path | None:
-        """The newest checkpoint all of whose files verify; None if there is none. Damaged ones are reported and passed over."""
+        """The newest checkpoint all of whose files verify; None if there is none. Damaged ones are reported and passed over.
+
+        Raises:
+            InputError: the folder cannot be listed, or a save in the background has failed.
+        """
         self.wait()
         for _, path in self._each(self._complete, first_only=True)[0]:
             problems = self.verify(path)
@@ -281,7 +287,7 @@ class CheckpointStore:
             The `extra` that this rank saved; that of rank 0 if the number of processes has changed.
 
         Raises:
-            InputError: damaged, no checkpoint, or it lacks something that `state` has, or has it in another shape.
+            InputError: damaged, no checkpoint, or it lacks something that `state` has, or has it in another shape (then `state` may be half loaded).
         """
         self.wait()
         folder = Path(path)

@@ -49,6 +49,7 @@ def save_for_ever(order):
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
+        signal.alarm(100)  # should nobody be left to kill it
         try:
             order = json.loads(line)
             order["steps"] = range(order["first"], order["last"] + 1)
@@ -69,6 +70,7 @@ class Server:
     """Runs savers, one at a time."""
 
     def __init__(self):
+        self.pid = None
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment
@@ -90,6 +92,7 @@ class Server:
 
     def status(self):
         """Waits for the saver to end."""
+        self.pid = None
         return int(self.process.stdout.readline())
 
     def wait_for(self, num_lines):
@@ -103,6 +106,8 @@ class Server:
 def server():
     server = Server()
     yield server
+    if server.pid:  # a test failed before it had killed its saver
+        os.kill(server.pid, signal.SIGKILL)
     server.process.stdin.close()
     server.process.wait(60)
     server.process.stdout.close()
@@ -296,6 +301,26 @@ def test_every_call_of_a_save_may_fail(tmp_path, monkeypatch, record_testsuite_p
     assert kinds == set(CALLS)
     assert num_survived >= 15
     record_testsuite_property(f"{errno.errorcode[code]}, persistent={persistent}, replace={replace}", {"landed": n - 1, "survived": num_survived})
+
+
+def test_what_is_being_deleted_no_longer_looks_like_a_checkpoint(tmp_path, monkeypatch):
+    for num_unlinked in range(4):
+        folder = tmp_path / str(num_unlinked)
+        save(CheckpointStore(folder), 1)
+        store, unlink, calls = CheckpointStore(folder, keep=1), os.unlink, itertools.count()
+
+        def fail(*args, num_unlinked=num_unlinked, unlink=unlink, calls=calls, **kwargs):
+            if next(calls) >= num_unlinked:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return unlink(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", fail)
+            save(store, 2)
+        assert [n for n in os.listdir(folder) if n.startswith("step")] == ["step-00000002"]
+        assert ["could not be deleted" in p.rule for p in store.problems] == [True]
+        save(store, 3)
+        assert sorted(os.listdir(folder)) == [".lock", "step-00000003"]
 
 
 def test_short_writes_are_completed(tmp_path, monkeypatch):
