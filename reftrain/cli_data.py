@@ -188,9 +188,8 @@ def _prepared_text(report: dict[str, Any]) -> str:
         lines += [f"{'':8}{-entry['documents']:>10,} {reason}" for reason, entry in step["dropped"].items()]
     lines += [f"skipped {entry['file']}: {entry['rule']}" for entry in report["skipped_files"]]
     for entry in report["contamination"]:
-        lines.append(
-            f"{entry['flagged']:,} of {entry['items']:,} items of {entry['file']} stand in the training text; {entry['too_short']:,} too short to tell"
-        )
+        found, short = f"{entry['flagged']:,} of {entry['items']:,} items", f"{entry['too_short']:,} too short to tell"
+        lines.append(f"{entry['file']}: {found} stand in the training text, {short}")
     vocabulary = f"vocabulary {report['tokenizer']['vocab_size']:,} ({report['tokenizer']['kind']})"
     return (
         "\n".join(lines)

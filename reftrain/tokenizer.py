@@ -209,7 +209,8 @@ def _character_counts(texts: list[str], normalizer: Any) -> Counter[str]:
 def _unigram(texts: Iterator[str], vocab_size: int, normalizer: Any, show_progress: bool) -> str:
     engine = Engine(models.Unigram())
     engine.normalizer = normalizer
-    engine.pre_tokenizer = pre_tokenizers.Metaspace()
+    # Special tokens are pieces of this model, and its best-scored ones: a text that spells one out must be cut within it.
+    engine.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Split("<|", "isolated")])
     engine.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), unk_token=UNKNOWN, show_progress=show_progress)
     engine.train_from_iterator(texts, trainer=trainer)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ def _write_shards(split: str, texts: _Spool, tokenizer: Tokenizer, folder: Path,
         tokenizer_sha256=tokenizer.sha256,
         shard_tokens=options.shard_tokens,
     ) as writer:
-        while batch := [document for document, _ in zip(documents, range(ENCODE_BATCH), strict=False)]:
+        while batch := list(islice(documents, ENCODE_BATCH)):
             for document, tokens in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
                 writer.add(tokens, document.num_bytes)
             done += len(batch)
