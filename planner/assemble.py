@@ -16,7 +16,7 @@ from planner.resolve import Job
 from planner.scaling_laws import predict_loss
 from planner.timing import TimeBreakdown, repeated_ops
 
-__all__ = ["assemble_plan", "hardware_flops_per_token", "repeated_flops"]
+__all__ = ["assemble_plan", "counted_flops_per_token", "hardware_flops_per_token", "repeated_flops"]
 
 
 def assemble_plan(
@@ -73,6 +73,7 @@ def _flops(job: Job, graph: StepGraph) -> Flops:
     return Flops(
         model["full"],
         sum(sum(hardware_flops_per_token(job, graph, part)) for part in graph.parts),
+        sum(sum(counted_flops_per_token(job, graph, part)) for part in graph.parts),
         "full",
         model["causal"],
         model["full"] * job.tokens,
@@ -89,6 +90,15 @@ def hardware_flops_per_token(job: Job, graph: StepGraph, part: Part) -> list[flo
     return [
         scale * float(cost.forward_flops + cost.backward_input_flops + cost.backward_weight_flops + repeated)
         for cost, repeated in zip(part.costs, again, strict=True)
+    ]
+
+
+def counted_flops_per_token(job: Job, graph: StepGraph, part: Part) -> list[float]:
+    """`hardware_flops_per_token` of each op, as if no kernel skipped what a mask hides."""
+    executed = hardware_flops_per_token(job, graph, part)
+    return [
+        flops * float(cost.model_forward_flops / cost.forward_flops) if cost.op.kind == "attention" else flops
+        for flops, cost in zip(executed, part.costs, strict=True)
     ]
 
 

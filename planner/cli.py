@@ -265,7 +265,9 @@ def _usage_problem(error: TyperException) -> Problem:
         known = list(context.command.commands)
         name = error.message.split("'")[1] if "'" in error.message else error.message
         close = nearest(name, known)
-        return Problem("command", name, f"must be one of {', '.join(known)}", f"did you mean {', '.join(close)}?" if close else f"see {command} --help")
+        return Problem(
+            "command", name, f"must be one of {', '.join(known)}", f"did you mean {', '.join(close)}?" if close else f"see {command} --help"
+        )
     return Problem("command line", error.format_message(), f"must be as {command} --help shows", f"see {command} --help")
 
 

@@ -164,4 +164,8 @@ def collective_s(collective: str, num_bytes: Array, group: Group, cluster: Clust
     """
     found = pace(collective, num_bytes, group, cluster)
     seconds = num_bytes * found.traffic_ratio / found.bytes_per_s + found.latency_s
+    for key, curve in cluster.scale_up.curves.items():
+        measured, _, size = key.partition("/")
+        if measured == collective:
+            seconds = np.where((group.size == int(size)) & (group.num_domains == 1), curve.at(num_bytes), seconds)
     return np.where((group.size > 1) & (np.asarray(num_bytes) > 0), seconds, 0.0)

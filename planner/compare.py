@@ -23,7 +23,8 @@ _RESULTS: dict[str, Better] = {
     "time.num_steps": "neither", "time.num_microbatches": "neither", "time.bubble_fraction": "lower", "cost.usd_per_device_hour": "lower",
     "cost.device_hours": "lower", "cost.billed_device_hours": "lower", "cost.goodput_fraction": "higher", "cost.energy_kwh": "lower",
     "cost.co2e_kg": "lower", "loss.nats_per_token.value": "lower", "loss.perplexity.value": "lower", "params.total": "neither",
-    "params.active": "neither", "flops.model_per_token": "neither", "flops.hardware_per_token": "neither", "flops.total": "neither",
+    "params.active": "neither", "flops.model_per_token": "neither", "flops.hardware_per_token": "neither",
+    "flops.counted_per_token": "neither", "flops.total": "neither",
     "memory.usable_bytes": "neither",
 }  # fmt: skip
 _BREAKDOWNS = ("memory.breakdown_bytes", "time.breakdown_s", "cost.breakdown_usd")

@@ -10,15 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
+from planner.curves import Curve, DeviceCurves
 from planner.errors import InputError
-from planner.files import DATA_DIR, read_yaml
+from planner.files import DATA_DIR, read_yaml, user_dir
 from planner.hardware import Accelerator
-from planner.op_cost import OpCost
+from planner.op_cost import Op, OpCost
+from planner.ops import Embedding, Loss, Norm
 from planner.precision import Precision
 from planner.registry import unknown_name
 from planner.spec import Bytes, Fraction, Seconds, Spec, build
@@ -113,11 +116,18 @@ class StackSpec(Spec):
     """Reserved above allocated memory, over allocated."""
     time_interval: Spread
     memory_interval: Spread
+    measured: dict[str, DeviceCurves] = Field(default_factory=dict)
+    """Accelerator id -> seconds measured op by op, which go before the rooflines; the coefficients above still divide them."""
+
+
+def _stack_files() -> dict[str, Path]:
+    """This machine's stacks hide shipped ones of the same name."""
+    return {path.stem: path for folder in (DATA_DIR, user_dir()) for path in sorted((folder / "stacks").glob("*.yaml"))}
 
 
 def stack_names() -> list[str]:
-    """Names of the stacks shipped under data/stacks/."""
-    return sorted(path.stem for path in (DATA_DIR / "stacks").glob("*.yaml"))
+    """Names of the stacks shipped under data/stacks/, and of those that this machine measured."""
+    return sorted(_stack_files())
 
 
 def load_stack(name: str) -> StackSpec:
@@ -128,9 +138,35 @@ def load_stack(name: str) -> StackSpec:
     """
     if "/" in name or name.endswith((".yaml", ".yml")):
         return build(StackSpec, read_yaml(name), "stack", name)
-    if name not in stack_names():
-        raise unknown_name("stack", name, stack_names())
-    return build(StackSpec, read_yaml(DATA_DIR / "stacks" / f"{name}.yaml"), "stack", f"stacks/{name}.yaml")
+    files = _stack_files()
+    if name not in files:
+        raise unknown_name("stack", name, list(files))
+    return build(StackSpec, read_yaml(files[name]), "stack", f"stacks/{name}.yaml")
+
+
+Phase = Literal["forward", "backward_input", "backward_weight"]
+
+
+def op_class(op: Op) -> str:
+    """The key under which a memory-bound op is measured."""
+    if isinstance(op, Norm):
+        return "rmsnorm" if op.is_rms else "layernorm"
+    if isinstance(op, Loss):
+        return "loss"
+    if isinstance(op, Embedding):
+        return "embedding"
+    last = op.name.rsplit(".", 1)[-1]
+    if last == "activation":
+        return "gated_activation" if getattr(op, "num_between", 0.0) else "activation"
+    return last if last in ("rope", "permute", "unpermute") else "residual"
+
+
+def _nearest_head_dim(curves: dict[str, Curve], prefix: str, head_dim: int) -> tuple[Curve, int] | None:
+    sizes = [int(key.rsplit("/", 1)[1]) for key in curves if key.startswith(prefix + "/")]
+    if not sizes:
+        return None
+    best = min(sizes, key=lambda size: abs(size - head_dim))
+    return curves[f"{prefix}/{best}"], best
 
 
 @lru_cache(maxsize=1)
@@ -261,8 +297,67 @@ class Efficiency:
         effective = min(seq_len, 2 * op.window) if op.window else seq_len
         return curve.fraction(effective), f"{curve.source} ({curve.evidence})"
 
+    @property
+    def curves(self) -> DeviceCurves | None:
+        """What was measured op by op on this very device under this stack."""
+        return self.stack.measured.get(self.accelerator.id)
+
+    def _measured_s(self, cost: OpCost, seq_len: int, is_flash: bool, phase: Phase) -> Array | None:
+        """Seconds of one op from its curve; None where nothing was measured."""
+        curves, precision = self.curves, self.precision.name
+        if curves is None:
+            return None
+        kind = cost.op.kind
+        if kind == "attention" and is_flash:
+            op: Any = cost.op
+            found = _nearest_head_dim(curves.attention, f"{'forward' if phase == 'forward' else 'backward'}/{precision}", op.head_dim)
+            if found is None:
+                return None
+            curve, head_dim = found
+            width = op.head_dim + op.v_head_dim
+            num_heads = cost.model_forward_flops / (2.0 * seq_len * seq_len * width)
+            mask = 1.0 if op.is_causal else 2.0  # measured with a causal mask
+            return num_heads * curve.at(seq_len) * width / (2.0 * head_dim) * mask / self.stack.attention.value
+        if cost.gemm is not None:
+            grid = curves.matmul.get(f"{phase}/{precision}")
+            return None if grid is None else grid.at(*cost.gemm) * cost.num_gemms / self.stack.matmul.value
+        curve_of_op = curves.ops.get(f"{op_class(cost.op)}/{phase}/{precision}")
+        if curve_of_op is None:
+            return None
+        num_bytes = cost.forward_bytes if phase == "forward" else cost.backward_bytes
+        return np.where(np.asarray(num_bytes) > 0, curve_of_op.at(num_bytes), 0.0) / self.stack.memory.value
+
+    def weight_handling_s(self, trained_params: Array, num_microbatches: Array) -> tuple[Array, Array]:
+        """(casts of weights for the forward pass, casts and sums of their gradients) per microbatch, where they were measured."""
+        curves = self.curves
+        if curves is None:
+            return 0.0, 0.0
+        num_bytes, zero = 4.0 * trained_params, 0.0 * trained_params
+        is_mixed = self.precision.needs_master_weights
+        casts = [curves.ops[key].at(num_bytes) if is_mixed and key in curves.ops else zero for key in ("cast/forward", "cast/backward")]
+        adds = curves.ops["accumulate"].at(num_bytes) * (1 - 1 / num_microbatches) if "accumulate" in curves.ops else zero
+        is_trained = np.asarray(trained_params) > 0
+        value = self.stack.memory.value
+        return np.where(is_trained, casts[0], 0.0) / value, np.where(is_trained, casts[1] + adds, 0.0) / value
+
+    def optimizer_s(self, name: str, num_bytes: Array) -> Array:
+        """Seconds of one optimizer step that moves `num_bytes`, the norm of the gradients and other work of a step included."""
+        curves = self.curves
+        curve = None if curves is None else curves.ops.get(f"optimizer/{name}")
+        if curves is None or curve is None:
+            return self.memory_s(num_bytes, 0)
+        return curve.at(num_bytes) / self.stack.memory.value + curves.step_overhead_s
+
+    @property
+    def block_overhead_s(self) -> float:
+        """Host time of one block, forward and backward, beyond its ops'."""
+        return 0.0 if self.curves is None else self.curves.block_overhead_s
+
     def forward_s(self, cost: OpCost, seq_len: int, is_flash: bool) -> Array:
         """Seconds of one op in the forward pass."""
+        measured = self._measured_s(cost, seq_len, is_flash, "forward")
+        if measured is not None:
+            return measured
         kind = cost.op.kind
         if kind == "attention":
             return self.attention_s(cost.op, seq_len, cost.forward_flops, cost.forward_bytes, is_flash, "forward")
@@ -272,6 +367,9 @@ class Efficiency:
 
     def backward_input_s(self, cost: OpCost, seq_len: int, is_flash: bool) -> Array:
         """Seconds of one op in the backward pass, without the weight gradients of matmuls."""
+        measured = self._measured_s(cost, seq_len, is_flash, "backward_input")
+        if measured is not None:
+            return measured
         kind = cost.op.kind
         if kind == "attention":
             return self.attention_s(cost.op, seq_len, cost.backward_input_flops, cost.backward_bytes, is_flash, "backward")
@@ -284,6 +382,9 @@ class Efficiency:
         """Seconds of the weight gradients of one matmul; 0 for other ops."""
         if cost.gemm is None:
             return 0.0
+        measured = self._measured_s(cost, seq_len, is_flash, "backward_weight")
+        if measured is not None:
+            return measured
         m, n, k = cost.gemm
         return self.matmul_s(cost.backward_weight_flops, cost.backward_bytes / 2, (k, n, m), cost.op.kind == "grouped_matmul")
 

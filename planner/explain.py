@@ -38,7 +38,7 @@ _EXPLAINERS: tuple[tuple[str, Callable[[Trace, str], Explanation]], ...] = (
     (r"memory\..+", explain_memory),
     (r"time\..+", explain_time),
     (r"params\..+", explain_params),
-    (r"flops\.hardware_per_token.*", explain_hardware_flops),
+    (r"flops\.(hardware|counted)_per_token.*", explain_hardware_flops),
     (r"flops\..+", explain_flops),
     (r"evidence\.\d+\.value", explain_evidence),
     (r"inputs\..+", explain_input),

@@ -20,11 +20,12 @@ import yaml
 
 from planner.errors import InputError
 
-__all__ = ["DATA_DIR", "parse_json", "parse_yaml", "read_json", "read_text", "read_yaml", "to_json", "to_yaml", "write_text"]
+__all__ = ["DATA_DIR", "parse_json", "parse_yaml", "read_json", "read_text", "read_yaml", "to_json", "to_yaml", "user_dir", "write_text"]
 
 _PACKAGED_DATA = Path(__file__).resolve().parent / "data"
 DATA_DIR = _PACKAGED_DATA if _PACKAGED_DATA.is_dir() else _PACKAGED_DATA.parent.parent / "data"
 """Where the catalog lies: inside the installed package, or at the root of a checkout."""
+HOME_VARIABLE = "LLM_PLANNER_HOME"
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 
@@ -66,6 +67,11 @@ for _tag, _pattern, _first in (
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"\Z"), [""])
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _strict_map)
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _strict_int)
+
+
+def user_dir() -> Path:
+    """Where this machine's own measurements lie: `$LLM_PLANNER_HOME`, else `~/.llm-planner`."""
+    return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".llm-planner")
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:

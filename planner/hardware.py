@@ -17,8 +17,9 @@ from typing import Literal
 from pydantic import ConfigDict, Field, field_serializer, model_validator
 
 from planner.catalog_files import Entries, add_entries, read_aliases, read_entries
+from planner.curves import Curve
 from planner.errors import InputError, Problem, nearest
-from planner.files import DATA_DIR
+from planner.files import DATA_DIR, user_dir
 from planner.registry import unknown_name
 from planner.spec import Bytes, BytesPerSecond, FlopsPerSecond, NonNegativeInt, PositiveInt, Seconds, Spec, UsdPerHour, Watts, build
 
@@ -59,6 +60,8 @@ class Link(Spec):
     """Ranks from which the switch adds."""
     latency_s: Seconds = Field(alias="latency")
     """Per ring step."""
+    curves: dict[str, Curve] = Field(default_factory=dict)
+    """`all_reduce/2`: seconds by bytes of the full buffer, measured for a group of 2; preferred to the other fields."""
     evidence: Literal["measured", "assumed"]
     source: str = Field(min_length=4)
 
@@ -83,7 +86,7 @@ class Accelerator(Spec):
     id: str
     vendor: str
     name: str
-    kind: Literal["gpu", "tpu", "npu"]
+    kind: Literal["gpu", "tpu", "npu", "cpu"]
     form_factor: str
     aliases: tuple[str, ...] = Field(default=(), strict=False)
     memory_bytes: Bytes = Field(alias="memory")
@@ -103,6 +106,10 @@ class Accelerator(Spec):
     """Best measured matmul rate over the dense peak, per precision."""
     sustained_matmul_fraction: float = Field(default=1.0, gt=0, le=1)
     """What power limits leave of that rate with all devices of a node busy."""
+    stack: str | None = None
+    """The stack under which it was measured, taken where a plan names none."""
+    variants: dict[str, str] = Field(default_factory=dict)
+    """Number of devices on the machine -> the entry that describes one of them: processes that share a CPU's cores."""
     confidence: str
     source: str = Field(min_length=4)
     date: str
@@ -244,13 +251,27 @@ class Catalog:
                 return self.offers[known]
         raise unknown_name("cluster.offer", name, list(self.offers), " (see planner catalog offers)")
 
+    def _variant(self, device: Accelerator, num_devices: int) -> Accelerator:
+        """The entry for so many devices of a machine that they share; the device itself where they share nothing."""
+        if not device.variants:
+            return device
+        if str(num_devices) not in device.variants:
+            known = ", ".join(device.variants)
+            raise InputError.single(
+                "cluster.num_devices",
+                num_devices,
+                f"{device.id} was measured with {known} processes",
+                f"measure it: python -m reftrain bench-device --processes {num_devices}",
+            )
+        return self.accelerator(device.variants[str(num_devices)])
+
     def resolve(self, spec: ClusterSpec) -> Cluster:
         """The cluster a user named, with what was guessed about it.
 
         Raises:
             InputError: unknown names, an offer of another accelerator or without the price asked for.
         """
-        device = self.accelerator(spec.accelerator)
+        device = self._variant(self.accelerator(spec.accelerator), spec.num_devices)
         offer = self.offer(spec.offer) if spec.offer is not None else None
         if offer is not None and self.accelerator(offer.accelerator).id != device.id:
             fix = f"use accelerator {offer.accelerator}, or another offer"
@@ -312,7 +333,7 @@ def _price(spec: ClusterSpec, offer: Offer | None, notes: list[str]) -> float | 
 
 
 def load_catalog(extra: Path | None = None) -> Catalog:
-    """The shipped catalog, with the entries of `extra` added.
+    """The shipped catalog, with this machine's entries (`reftrain bench-device`) and those of `extra` added.
 
     Args:
         extra: a YAML file with `accelerators:` and `offers:`, each a mapping of entries; one with an id that is already taken needs
@@ -323,8 +344,11 @@ def load_catalog(extra: Path | None = None) -> Catalog:
     accelerators = read_entries(DATA_DIR / "hardware_catalog.yaml")
     offers = read_entries(DATA_DIR / "offers.yaml")
     aliases = read_aliases(accelerators)
+    machine = user_dir() / "catalog.yaml"
+    if machine.is_file():
+        add_entries(machine, accelerators, offers)
     own = add_entries(extra, accelerators, offers) if extra is not None else {}
-    if own:
+    if own or machine.is_file():
         aliases |= read_aliases(accelerators)  # an entry that replaces another keeps its aliases
     catalog = Catalog(Entries(accelerators, Accelerator), Entries(offers, Offer), aliases)
     if extra is not None:

@@ -20,6 +20,9 @@ from planner.op_cost import Array, Numerics, OpCost, Producer, Region, Shard, Tr
 
 __all__ = ["Collective", "Elementwise", "Embedding", "GroupedLinear", "Linear", "Loss", "Norm"]
 
+LOSS_CHUNKS = 8
+"""Parts in which a chunked loss computes logits and their gradient."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
@@ -44,6 +47,8 @@ class Linear:
     """Whether LoRA puts an adapter here; where it does not, the weight is frozen."""
     token_fraction: float = 1.0
     category: Literal["matrix", "embedding"] = "matrix"
+    is_chunked: bool = False
+    """Runs in eight chunks of its rows where the loss is chunked (the head)."""
     kind: str = field(default="matmul", init=False)
     is_expert: bool = field(default=False, init=False)
 
@@ -68,6 +73,7 @@ class Linear:
         b = numerics.compute_bytes
         trained = 0.0 if is_frozen or self.is_tied else weight
         is_embedding = self.category == "embedding"
+        num_chunks = LOSS_CHUNKS if self.is_chunked and numerics.loss_kernel == "chunked" else 1
         return OpCost(
             self,
             matrix_params=adapter + (0.0 if is_embedding else trained),
@@ -85,7 +91,8 @@ class Linear:
             forward_bytes=b * (rows * inner + weight + rows * outer),
             backward_bytes=b * (rows * outer + weight + rows * inner) + b * (rows * inner + rows * outer + weight),
             saved=saved,
-            gemm=(rows, outer, inner),
+            gemm=(rows / num_chunks, outer, inner),
+            num_gemms=num_chunks,
         )
 
 
@@ -297,7 +304,7 @@ class Loss:
         kept, transient, moved = {
             "unfused": (b + 4.0 + 4.0, 4.0 + b, 3 * b + 24.0),
             "fused": (b, 0.0, 3 * b),
-            "chunked": (b / 8, 0.0, 3 * b),
+            "chunked": (b / LOSS_CHUNKS, 0.0, 3 * b),
         }[numerics.loss_kernel]
         return OpCost(
             self,

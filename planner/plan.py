@@ -123,6 +123,8 @@ class Flops:
     model_per_token: float
     hardware_per_token: float
     """As executed: recompute included, masked blocks skipped where the kernel skips them."""
+    counted_per_token: float
+    """As executed, with attention over all pairs: what a counter of FLOPs sees that does not look at masks."""
     attention_convention: Literal["full", "causal"]
     model_per_token_causal: float
     total: float

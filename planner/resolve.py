@@ -31,7 +31,7 @@ DEFAULT_SEQ_LEN = 8192
 DEFAULT_BATCH_TOKENS = 4 * 2**20
 DEFAULT_FINETUNE_TOKENS = 10e6
 DEFAULT_FINETUNE_BATCH = 64
-DEFAULT_STACKS = {"gpu": "megatron-core", "tpu": "maxtext", "npu": "megatron-core"}
+DEFAULT_STACKS = {"gpu": "megatron-core", "tpu": "maxtext", "npu": "megatron-core", "cpu": "reftrain"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def resolve(request: Request) -> Job:
             problems.extend(error.problems)
     stack_name = request.stack
     if stack_name is None and "cluster" in parts:
-        stack_name = DEFAULT_STACKS[parts["cluster"].accelerator.kind]
+        device = parts["cluster"].accelerator
+        stack_name = device.stack or DEFAULT_STACKS[device.kind]
     try:
         parts["stack"] = load_stack(stack_name or "megatron-core")
     except InputError as error:

@@ -163,6 +163,11 @@ def part_times(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluste
             add(backward, axis, coming[axis])
         if is_repeated:
             again = again + own_forward + sum(going.values())
+    trained = sum((sum(trained_params(part, is_expert, graph.layout.pp > 1)) for is_expert in (False, True)), 0.0)
+    casts, sums = efficiency.weight_handling_s(trained, graph.num_microbatches)
+    host = efficiency.block_overhead_s / 2 if part.is_block else 0.0
+    add(forward, "memory", casts + host)
+    add(backward, "memory", sums + host)
     return PartTimes(forward, backward, weight, again)
 
 
@@ -266,7 +271,7 @@ def estimate_time(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) ->
         **on_slowest,
         pipeline_transfer_and_bubble=bubble,
         data_parallel=np.max(exposed_data_parallel(graph, groups, cluster, efficiency, backward + weight, forward), axis=-1),
-        optimizer=efficiency.memory_s(np.max(optimizer_bytes(graph), axis=-1), 0),
+        optimizer=efficiency.optimizer_s(graph.workload.optimizer, np.max(optimizer_bytes(graph), axis=-1)),
         stage_forward_s=forward,
         stage_backward_input_s=backward,
         stage_backward_weight_s=weight,

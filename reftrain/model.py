@@ -214,7 +214,7 @@ class Transformer(nn.Module):
         x = self.hidden(x)
         if self.head is None or targets is None:
             return x
-        return self.head(x, targets, self._tied_table()).unsqueeze(0)  # type: ignore[no-any-return]
+        return torch.stack((self.head(x, targets, self._tied_table()),))  # type: ignore[no-any-return]
 
     def set_axes(self, axes: Axes) -> None:
         """Tells every layer with whom it shares its work."""

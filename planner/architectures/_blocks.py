@@ -241,7 +241,7 @@ def head(spec: ModelSpec) -> Ops:
     norm: Ops = (block_norm(spec, "final_norm"),) if spec.has_final_norm else ()
     project = Linear(
         name="head", in_features=spec.hidden_size, out_features=spec.vocab_size, bias=spec.head_bias, saves_input="norm",
-        is_tied=spec.tie_word_embeddings, is_adapted=False, category="embedding",
+        is_tied=spec.tie_word_embeddings, is_adapted=False, category="embedding", is_chunked=True,
     )  # fmt: skip
     return (*norm, *enter(spec, "head"), project, Loss(name="loss", vocab_size=spec.vocab_size))
 

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from planner.architectures import model_ops
-from planner.assemble import hardware_flops_per_token, repeated_flops
+from planner.assemble import counted_flops_per_token, hardware_flops_per_token, repeated_flops
 from planner.attention_op import Attention
 from planner.explanations._base import Explanation, Input, Trace, explained, look_up, part_keys, summed
 from planner.graph import sum_model_flops, sum_params, whole_model
@@ -115,16 +115,19 @@ def explain_flops(trace: Trace, key: str) -> Explanation:
 
 
 def explain_hardware_flops(trace: Trace, key: str) -> Explanation:
-    """flops.hardware_per_token, by part and op."""
-    path = key.removeprefix("flops.hardware_per_token").removeprefix(".")
+    """flops.hardware_per_token and flops.counted_per_token, by part and op."""
+    is_counted = key.startswith("flops.counted_per_token")
+    path = key.removeprefix("flops.counted_per_token" if is_counted else "flops.hardware_per_token").removeprefix(".")
     job, graph = trace.job, trace.graph
-    source = "FLOPs as executed on all devices that share a microbatch: masked blocks skipped where the kernel skips them, recompute included"
+    source = "FLOPs as executed on all devices that share a microbatch, recompute included: "
+    source += "attention over all pairs" if is_counted else "masked blocks skipped where the kernel skips them"
+    flops_per_token = counted_flops_per_token if is_counted else hardware_flops_per_token
     if not path:
-        terms = {part.name: sum(hardware_flops_per_token(job, graph, part)) for part in graph.parts}
+        terms = {part.name: sum(flops_per_token(job, graph, part)) for part in graph.parts}
         return summed(key, trace.at(key), terms, {name: f"{key}.{name}" for name in terms}, source)
     _, part, found, _ = trace.locate(key, path)
     names = [cost.op.name for cost in part.costs]
-    terms = dict(zip(names, hardware_flops_per_token(job, graph, part), strict=True))
+    terms = dict(zip(names, flops_per_token(job, graph, part), strict=True))
     if found is None:
         return summed(key, sum(terms.values()), terms, {name: f"{key}.{name}" for name in terms}, source)
     again = dict(zip(names, repeated_flops(job, graph, part), strict=True))[found.op.name]
@@ -140,4 +143,7 @@ def explain_hardware_flops(trace: Trace, key: str) -> Explanation:
     }
     formula = "num_runs * (forward_flops + backward_input_flops + backward_weight_flops + repeated_flops) * tp * cp / tokens"
     inputs = [Input(name, value, origin) for name, (value, origin) in values.items()]
+    if is_counted and isinstance(found.op, Attention):
+        formula += " * all_pairs"
+        inputs.append(Input("all_pairs", float(found.model_forward_flops / found.forward_flops), "all pairs over those that the kernel computes"))
     return explained(key, terms[found.op.name], formula, inputs, source=op_formula(found))

@@ -16,7 +16,7 @@ import planner
 ROOT = Path(planner.__file__).parent
 LEVELS: dict[str, int] = {
     **dict.fromkeys(("units", "errors", "registry", "files", "spec", "catalog_files"), 0),
-    **dict.fromkeys(("precision", "optimizers", "model_spec", "workload", "layout", "hardware"), 1),
+    **dict.fromkeys(("precision", "optimizers", "model_spec", "workload", "layout", "curves", "hardware"), 1),
     **dict.fromkeys(("op_cost", "attention_op", "ops", "collectives", "layout_rules"), 2),
     "architectures": 3,
     "efficiency": 3,  # it prices an OpCost
