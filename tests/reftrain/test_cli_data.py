@@ -38,7 +38,7 @@ def chapters() -> list[dict[str, Any]]:
 
 
 CHAPTERS = chapters()
-QUESTIONS = ["too short", "a question of more than eight words that nobody in either book ever thought to ask another"] + [
+QUESTIONS = ["zu kurz", "a question of more than eight words that nobody in either book ever thought to ask another"] + [
     " ".join(next(p for p in chapter["text"].split("\n\n") if len(p.split()) > 20).split()[:20]) for chapter in CHAPTERS[:8]
 ]
 
