@@ -32,13 +32,13 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
-        normed = rows * inverse.to(x.dtype)
-        grad_weight = torch.einsum("th,th->h", grad, normed).to(weight.dtype)
-        grad_normed = grad * weight
+        inverse = inverse.to(x.dtype)
+        normed = rows * inverse
+        both = grad * normed
         # d/dx of x / rms: the part along x does not change the output
-        along = torch.linalg.vecdot(grad_normed, normed).unsqueeze_(-1).div_(rows.shape[-1])
-        grad_x = grad_normed.sub_(normed.mul_(along)).mul_(inverse.to(x.dtype))
-        return grad_x.view_as(x), grad_weight, None
+        along = (both @ weight).unsqueeze_(-1).div_(rows.shape[-1])
+        grad_x = (grad * weight).addcmul_(normed, along, value=-1.0).mul_(inverse)
+        return grad_x.view_as(x), both.sum(0), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -105,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = grad.div_(num_targets).to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[start : start + rows])
             if grad.dtype == torch.float32:
-                grad_weight.addmm_(grad.t(), part)
+                torch.addmm(grad_weight, grad.t(), part, out=grad_weight)
             else:
                 grad_weight += grad.t() @ part
             if grad_bias is not None:

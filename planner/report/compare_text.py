@@ -20,7 +20,8 @@ LABELS = {
     "cost.goodput_fraction": "goodput share", "cost.energy_kwh": "energy, kWh", "cost.co2e_kg": "CO2e, kg",
     "loss.nats_per_token.value": "loss, nats/token",
     "loss.perplexity.value": "perplexity", "params.total": "parameters", "params.active": "active parameters",
-    "flops.model_per_token": "model FLOPs/token", "flops.hardware_per_token": "hardware FLOPs/token", "flops.total": "model FLOPs, total", "flops.counted_per_token": "counted FLOPs/token",
+    "flops.model_per_token": "model FLOPs/token", "flops.hardware_per_token": "hardware FLOPs/token", "flops.total": "model FLOPs, total",
+    "flops.counted_per_token": "counted FLOPs/token",
     "memory.usable_bytes": "usable memory",
 }  # fmt: skip
 _GROUPS = {"memory.breakdown_bytes.": "Memory per device", "time.breakdown_s.": "Time per step", "cost.breakdown_usd.": "Cost"}
