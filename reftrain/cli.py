@@ -52,6 +52,9 @@ def run(
     steps: Annotated[int | None, typer.Option(metavar="N", help="Steps, instead of the plan's tokens.", min=1)] = None,
     data: Annotated[str | None, typer.Option(metavar="DIR", help="corpus, synthetic, or a folder of `reftrain data prepare`.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A key of training:, e.g. learning_rate=3e-4.")] = None,
+    max_restarts: Annotated[
+        int | None, typer.Option("--max-restarts", metavar="N", help="Of a layout's processes when one dies; default 3.", min=0, max=1000)
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Write trace.json for ui.perfetto.dev.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -59,27 +62,26 @@ def run(
     import torch  # noqa: F401  (the command fails here, with advice, where torch is missing)
 
     from reftrain.config import load_run_config
-    from reftrain.launch import is_worker, launch
-    from reftrain.prepare_run import prepare_data, prepare_folder
+    from reftrain.launch import MAX_RESTARTS, is_restarted, is_worker, launch
+    from reftrain.prepare_run import check_folder
     from reftrain.progress import make_progress
     from reftrain.train import RunOptions, train
 
     config = load_run_config(plan, _changes(settings, steps, data))
     folder = Path(out) if out else Path(plan).resolve().parent / "runs" / Path(plan).stem
     if not is_worker() and config.layout.num_devices > 1:
-        prepare_folder(config, folder, resume)
-        prepare_data(config, folder)
-        raise typer.Exit(launch([*sys.argv[1:], *(["--out", str(folder)] if out is None else [])], config.layout.num_devices))
-    if not is_worker():
-        prepare_folder(config, folder, resume)
-    options = RunOptions(folder, prepare_data(config, folder), resume, profile)
+        check_folder(config, folder, resume)
+        arguments = [*sys.argv[1:], *(["--out", str(folder)] if out is None else [])]
+        raise typer.Exit(launch(arguments, folder, config.layout.num_devices, MAX_RESTARTS if max_restarts is None else max_restarts))
     progress, close = make_progress(config, is_quiet=as_json)
     try:
-        summary = train(config, options, progress)
+        summary = train(config, RunOptions(folder, resume=resume or is_restarted(), profile=profile), progress)
     finally:
         close()
     if summary.values:
         _report(summary.values, folder, as_json)
+        if not summary.values["is_complete"]:
+            raise typer.Exit(130)
 
 
 def _report(values: dict[str, Any], folder: Path, as_json: bool) -> None:

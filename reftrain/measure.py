@@ -7,6 +7,7 @@ a handful of clock reads and nothing else.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from planner.errors import InputError
 from planner.files import read_text, write_text
 from reftrain.live_memory import LiveMemory
 
@@ -105,19 +105,22 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a log; a resumed run's later record of a step replaces the earlier one.
+    """The records of a log. What came after a checkpoint that the run went back to, for a resume or a rollback, no longer counts.
 
     Raises:
         InputError: no such file.
     """
-    records: dict[Any, dict[str, Any]] = {}
-    for i, line in enumerate(read_text(path, max_bytes=1 << 30).splitlines()):
+    records: list[dict[str, Any]] = []
+    for line in read_text(path, max_bytes=1 << 30).splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        records[("step", record["step"]) if record.get("kind") == "step" else (record.get("kind"), i)] = record
-    return list(records.values())
+        if record.get("kind") in ("resumed", "rolled_back"):
+            last = {"step": record["step"] - 1, "eval": record["step"]}
+            records = [r for r in records if r.get("step", 0) <= last.get(r.get("kind", ""), math.inf)]
+        records.append(record)
+    return records
 
 
 @dataclass(frozen=True)
@@ -144,18 +147,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def summarize(records: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Summary:
-    """Medians over the timed steps of a run, beside `facts` that do not change from step to step.
-
-    Raises:
-        InputError: fewer timed steps than a median needs.
-    """
+    """Medians over the timed steps of a run, beside `facts` that do not change from step to step."""
     steps = [r for r in records if r.get("kind") == "step"]
     timed = [r for r in steps if r.get("timed")]
-    if not steps:
-        raise InputError.single("steps", 0, "the run has no finished step", "run it longer")
-    num_skipped = sum(1 for record in steps if record.get("skipped"))
-    values: dict[str, Any] = {**facts, "num_steps": len(steps), "final_loss": steps[-1]["loss"], "num_skipped": num_skipped}
-    recent = [r["loss"] for r in steps[-max(len(steps) // 10, 1) :] if isinstance(r["loss"], float)]
+    sound = [r["loss"] for r in steps if not r.get("skipped")]
+    values: dict[str, Any] = {"num_steps": len(steps), "final_loss": sound[-1] if sound else None, **facts}
+    recent = sound[-max(len(sound) // 10, 1) :]
     values["recent_loss"] = statistics.fmean(recent) if recent else None
     if timed:
         values["step_s"] = spread([r["step_s"] for r in timed])

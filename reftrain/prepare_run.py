@@ -1,36 +1,68 @@
-"""What must stand before a run starts: its folder with the plan in it, and its token shards."""
+"""What must stand before a run starts: its folder, held by this run alone, with the plan in it, and its token shards."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
-from planner.errors import InputError
+import torch.distributed as dist
+
+from planner.errors import InputError, Problem
 from planner.files import to_yaml, write_text
 from planner.plan import spec_to_plain
-from reftrain.config import RunConfig
+from reftrain.config import RunConfig, load_run_config
+from reftrain.parallel import Ranks
 
-__all__ = ["prepare_data", "prepare_folder"]
+__all__ = ["check_folder", "hold_folder", "on_first_rank", "prepare_data", "prepare_folder"]
 
 LARGEST_VOCAB = 4096
 """Of the tokenizer trained for the shipped corpus; its 14 MB hold too few words for more."""
+SAME_WORKLOAD = ("seq_len", "global_batch_size", "optimizer", "precision")
+SAME_TRAINING = ("data", "seed", "mask_fraction")
+"""With the model, what a checkpoint and its place in the data mean; the layout, rates and the length of the run may change."""
+T = TypeVar("T")
+
+
+def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
+    """Refuses a folder that this run must not write to.
+
+    Raises:
+        InputError: it holds a run already, or on `resume` the run of another plan.
+    """
+    file = out / "plan.yaml"
+    if not file.exists():
+        return
+    if not resume:
+        raise InputError.single("--out", str(out), "holds a run already", "use --resume to go on with it, or another folder")
+    old, new = (_identity(c) for c in (load_run_config(file), config))
+    fix = "resume with the plan that started the run (RUN_DIR/plan.yaml), or choose another --out"
+    problems = [Problem(k, new.get(k), f"is {old.get(k)!r} in the run to resume", fix, str(file)) for k in {**old, **new} if old.get(k) != new.get(k)]
+    if problems:
+        raise InputError(*problems)
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """The keys that a run keeps for life."""
+    found = {f"model.{k}": v for k, v in {**spec_to_plain(config.model), **asdict(config.details)}.items() if k != "name"}
+    found |= {f"workload.{k}": getattr(config.workload, k) for k in SAME_WORKLOAD}
+    return found | {f"training.{k}": getattr(config.training, k) for k in SAME_TRAINING}
 
 
 def prepare_folder(config: RunConfig, out: Path, resume: bool) -> None:
-    """Makes the run's folder and writes `plan.yaml` into it: the request as it was, with what the trainer filled in.
+    """Writes `plan.yaml` into the run's folder: the request as it was, with what the trainer filled in.
 
     Raises:
-        InputError: the folder holds a run already, or cannot be written.
+        InputError: see `check_folder`; or the folder cannot be written.
     """
-    file = out / "plan.yaml"
-    if file.exists() and not resume:
-        raise InputError.single("--out", str(out), "holds a run already", "use --resume to go on with it, or another folder")
-    try:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError.single("--out", str(out), f"cannot be made ({error.strerror})", "choose another folder") from None
+    check_folder(config, out, resume)
     plan = {**spec_to_plain(config.request), "layout": spec_to_plain(config.layout), "training": spec_to_plain(config.training)}
-    write_text(file, to_yaml(json.loads(json.dumps(plan))))
+    write_text(out / "plan.yaml", to_yaml(json.loads(json.dumps(plan))))
 
 
 def prepare_data(config: RunConfig, out: Path) -> str:
@@ -44,3 +76,45 @@ def prepare_data(config: RunConfig, out: Path) -> str:
 
         prepare_corpus(folder, vocab_size=min(config.model.vocab_size, LARGEST_VOCAB))
     return str(folder)
+
+
+@contextmanager
+def hold_folder(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Makes the folder, and keeps every other run out of it while the body runs. The system lets go of it when the process dies, however it dies.
+
+    Raises:
+        InputError: the folder cannot be made, or another run holds it.
+    """
+    handles: list[int] = []
+
+    def take() -> None:
+        try:
+            (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            handles.append(os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644))
+            fcntl.lockf(handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError.single("--out", str(out), "is in use by another run", "wait for it, stop it, or choose another folder") from None
+        except OSError as error:
+            raise InputError.single("--out", str(out), f"cannot be made ({error.strerror})", "choose another folder") from None
+
+    try:
+        on_first_rank(ranks, take)
+        yield
+    finally:
+        for handle in handles:
+            os.close(handle)
+
+
+def on_first_rank(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Runs it on rank 0 alone; every rank gets its result, or its InputError."""
+    outcome: list[Any] = [None, ()]
+    if ranks.is_first:
+        try:
+            outcome[0] = action()
+        except InputError as error:
+            outcome[1] = error.problems
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1]:
+        raise InputError(*outcome[1])
+    return outcome[0]  # type: ignore[no-any-return]

@@ -14,6 +14,8 @@ from reftrain.config import RunConfig
 __all__ = ["make_progress", "render_summary"]
 
 LINE_EVERY_S = 10.0
+SILENT = ("measured", "diverged")
+"""Records for the log alone; an error that ends a run is told once, at the end."""
 
 
 def make_progress(config: RunConfig, *, is_quiet: bool = False) -> tuple[Callable[[dict[str, Any]], None], Callable[[], None]]:
@@ -33,7 +35,7 @@ def make_progress(config: RunConfig, *, is_quiet: bool = False) -> tuple[Callabl
         text = _describe(record)
         if record["kind"] == "step":
             bar.update(task, completed=record["step"] + 1, note=text)
-        else:
+        elif record["kind"] not in SILENT:
             bar.console.print(text)
 
     return show, bar.stop
@@ -43,6 +45,8 @@ def _lines(config: RunConfig) -> Callable[[dict[str, Any]], None]:
     last = [0.0]
 
     def show(record: dict[str, Any]) -> None:
+        if record["kind"] in SILENT:
+            return
         is_end = record["kind"] != "step" or record["step"] + 1 == config.num_steps
         if is_end or record.get("skipped") or time.monotonic() - last[0] > LINE_EVERY_S:
             last[0] = time.monotonic()
@@ -65,14 +69,17 @@ def _describe(record: dict[str, Any]) -> str:
 def render_summary(values: dict[str, Any], folder: Path) -> str:
     """The end of a run in a few lines."""
     state = "done" if values["is_complete"] else "stopped by a signal; go on with --resume"
-    lines = [f"{state}: {values['num_steps']} steps, loss {values['final_loss']:.4f}"]
+    loss = f", loss {values['final_loss']:.4f}" if values.get("final_loss") is not None else ""
+    skipped = f", {values['num_skipped']} skipped, {values['num_rollbacks']} rollbacks" if values.get("num_skipped") else ""
+    lines = [f"{state}: {values['num_steps']} steps{loss}{skipped}"]
     if "step_s" in values:
         step = values["step_s"]
         lines.append(
             f"step {format_duration(step['median'])} (median of {step['count']}; 80% between {format_duration(step['p10'])} and "
             f"{format_duration(step['p90'])}), {values['tokens_per_s']:,.0f} tokens/s"
         )
-    lines.append(f"peak memory {format_bytes(values['peak_bytes'])} per device, {format_si(values['flops_per_step'], 'FLOP')} per step")
+    if "peak_bytes" in values:
+        lines.append(f"peak memory {format_bytes(values['peak_bytes'])} per device, {format_si(values['flops_per_step'], 'FLOP')} per step")
     if "eval" in values:
         lines.append(_describe({"kind": "eval", **values["eval"]}))
     return "\n".join([*lines, f"measured: {folder / 'summary.json'}    against the prediction: python -m reftrain compare {folder}"]) + "\n"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,12 +21,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from planner.errors import InputError
+from planner.files import parse_json, read_text
 from reftrain.batches import Batches, open_batches
 from reftrain.checkpoint import CheckpointStore
 from reftrain.config import RunConfig
 from reftrain.guard import SpikeGuard, TrainingDivergedError
 from reftrain.measure import INSTRUMENTED_STEP, WARMUP_STEPS, Instruments, MetricsLog, Summary, read_metrics, summarize
 from reftrain.parallel import Ranks, check_runnable, end_distributed, start_ranks
+from reftrain.prepare_run import hold_folder, on_first_rank, prepare_data, prepare_folder
 from reftrain.steps import Engine, StepTimes
 
 __all__ = ["RunOptions", "train"]
@@ -37,8 +41,8 @@ class RunOptions:
     """Where a run writes and how it starts."""
 
     out: Path
-    data: str
-    """`synthetic` or a folder with token shards."""
+    data: str | None = None
+    """`synthetic`, or a folder with token shards; None: what the plan says."""
     resume: bool = False
     profile: bool = False
     device: torch.device | None = None
@@ -55,7 +59,10 @@ def train(config: RunConfig, options: RunOptions, progress: Progress = lambda re
     try:
         check_runnable(config, ranks.device)
         set_numerics(config)
-        return Trainer(config, options, ranks, progress).run()
+        with hold_folder(options.out, ranks):
+            on_first_rank(ranks, lambda: prepare_folder(config, options.out, options.resume))
+            data = options.data or on_first_rank(ranks, lambda: prepare_data(config, options.out))
+            return Trainer(config, options, ranks, data, progress).run()
     finally:
         end_distributed()
 
@@ -70,11 +77,11 @@ def set_numerics(config: RunConfig) -> None:
 class Trainer:
     """State of one run on one rank."""
 
-    def __init__(self, config: RunConfig, options: RunOptions, ranks: Ranks, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, options: RunOptions, ranks: Ranks, data: str, progress: Progress) -> None:
         self.config, self.options, self.ranks, self.progress = config, options, ranks, progress
         training = config.training
         self.engine = Engine(config, ranks)
-        self.batches: Batches = open_batches(config, ranks, options.data)
+        self.batches: Batches = open_batches(config, ranks, data)
         self.guard = SpikeGuard(training.spike_sigmas, training.max_skipped_steps, training.max_rollbacks)
         self.store = CheckpointStore(options.out / "checkpoints", training.keep_checkpoints, on_problem=lambda problem: say(f"warning: {problem}"))
         self.instruments = Instruments()
@@ -85,22 +92,26 @@ class Trainer:
 
     def run(self) -> Summary:
         """Start or resume, then step by step to the end."""
-        self._listen()
-        self._start()
-        while self.step < self.config.num_steps and not self._agree_to_stop():
-            self._one_step()
-            if self.step % self.config.training.checkpoint_every_steps == 0:
-                self._save(block=not self.config.training.async_checkpoints)
-            if self.config.training.eval_every_steps and self.step % self.config.training.eval_every_steps == 0:
+        with self._listening(), self._saving():
+            self._start()
+            if finished := self._finished_before():
+                return finished
+            training = self.config.training
+            while self.step < self.config.num_steps and not self._agree_to_stop():
+                self._one_step()
+                if self.step % training.checkpoint_every_steps == 0:
+                    self._save(block=not training.async_checkpoints)
+                if training.eval_every_steps and self.step % training.eval_every_steps == 0 and self.step < self.config.num_steps:
+                    self._evaluate()
+            if self.saved_step != self.step:
+                self._save(block=True)
+            self.store.wait()
+            if self.step >= self.config.num_steps:
                 self._evaluate()
-        if self.saved_step != self.step:
-            self._save(block=True)
-        self.store.wait()
-        if self.step >= self.config.num_steps:
-            self._evaluate()
-        return self._finish()
+            return self._finish()
 
-    def _listen(self) -> None:
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
         """SIGTERM and SIGINT: finish the step, save, leave. A second one ends at once."""
 
         def note(number: int, _frame: object) -> None:
@@ -108,8 +119,23 @@ class Trainer:
                 os._exit(128 + number)
             self.stop_signal = number
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, note)
+        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """However the body ends, a save in the background ends first: its messages need the process group."""
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):  # the body's own error is the one to report
+                self.store.wait()
+            raise
+        self.store.wait()
 
     def _agree_to_stop(self) -> bool:
         """Whether any rank was told to stop."""
@@ -125,8 +151,13 @@ class Trainer:
         newest = self.store.newest() if self.options.resume else None
         if newest is not None:
             self._load(newest)
-            self._write({"kind": "resumed", "step": self.step, "checkpoint": newest})
+            self._write({"kind": "resumed", "step": self.step, "checkpoint": newest.name})
             return
+        if self.options.resume and self.store.problems:
+            rule = "holds no checkpoint that is whole (see the warnings above)"
+            raise InputError.single("--resume", str(self.store.folder), rule, "put back a copy of one, or start in another folder")
+        if self.options.resume and self.ranks.is_first:
+            say(f"no checkpoint in {self.options.out} yet: starting from step 0")
         if self.config.training.init_from:
             from reftrain.hf_weights import load_weights
 
@@ -135,6 +166,23 @@ class Trainer:
                 raise InputError.single("training.init_from", self.config.training.init_from, rule, "make a checkpoint on one device, then --resume")
             load_weights(self.engine.models[0], self.config.training.init_from)
         self._save(block=not self.config.training.async_checkpoints)
+
+    def _finished_before(self) -> Summary | None:
+        """The summary of a run that needs nothing more, on every rank."""
+        file = self.options.out / "summary.json"
+
+        def read() -> dict[str, Any]:
+            if self.step < self.config.num_steps or not file.is_file():
+                return {}
+            values = parse_json(read_text(file), str(file))
+            return values if isinstance(values, dict) and values.get("is_complete") and values.get("num_steps") == self.step else {}
+
+        values = on_first_rank(self.ranks, read)
+        if not values:
+            return None
+        if self.ranks.is_first:
+            say(f"the run is finished: all {self.step} steps are done")
+        return Summary(values if self.ranks.is_first else {})
 
     def _one_step(self) -> None:
         """Data, forward, backward, one decision, update, one line in the log."""
@@ -148,6 +196,7 @@ class Trainer:
         if is_watched:
             with self.instruments.watch(list(self._tensors()), device):
                 verdict, loss, norm, rate = self._work(microbatches, times)
+            self._write({"kind": "measured", "step": self.step, "per_rank": self._gather_measured()})
         else:
             verdict, loss, norm, rate = self._work(microbatches, times)
         step_s = time.perf_counter() - start
@@ -163,17 +212,25 @@ class Trainer:
         if verdict == "roll_back":
             self._roll_back()
         elif verdict == "stop":
-            self.store.wait()
-            raise TrainingDivergedError(
-                f"step {self.step - 1}: loss {loss:g}, gradient norm {norm:g}; {self.guard.num_skipped} steps were skipped and "
-                f"{self.guard.num_rollbacks - 1} rollbacks did not help. The last good checkpoint is {self.store.newest()}. "
-                "Lower training.learning_rate, lengthen training.warmup_steps, or look at the data of these samples."
-            )
+            self._give_up(loss, norm)
+
+    def _give_up(self, loss: float, norm: float) -> NoReturn:
+        self._write({"kind": "diverged", "step": self.step - 1, "loss": loss, "norm": norm, **self._troubles()})
+        raise TrainingDivergedError(
+            f"error: the run diverged at step {self.step - 1}: loss {loss:g}, gradient norm {norm:g}; {self.guard.num_skipped} steps were "
+            f"skipped and {self.guard.num_rollbacks - 1} rollbacks did not help\n"
+            f"  kept {self.store.newest()}, the last good checkpoint\n"
+            f"  fix  lower training.learning_rate, lengthen training.warmup_steps, or look at the data of samples up to {self.position - 1}"
+        )
+
+    def _troubles(self) -> dict[str, int]:
+        return {"num_skipped": self.guard.num_skipped, "num_rollbacks": self.guard.num_rollbacks}
 
     def _work(self, microbatches: list[tuple[Tensor, Tensor]], times: StepTimes) -> tuple[str, float, float, float]:
         loss, norm = self.engine.agree(self.engine.forward_backward(microbatches, times))
-        loss, norm = self._injected(loss, norm)
-        verdict = self.guard.judge(loss, norm)
+        # fp16: gradients beyond range with a sound loss mean that the scale is too large; `skip` halves it, and nothing is wrong.
+        is_overflow = self.engine.loss_scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
+        verdict = "skip" if is_overflow else self.guard.judge(loss, norm)
         if verdict != "good":
             self.engine.skip()
             return verdict, loss, norm, 0.0
@@ -181,19 +238,16 @@ class Trainer:
             rate = self.engine.update(self.step, norm)
         return verdict, loss, norm, rate
 
-    def _injected(self, loss: float, norm: float) -> tuple[float, float]:
-        """Where fault injection for tests puts its hand in; see tests/reftrain/test_faults.py."""
-        return loss, norm
-
     def _roll_back(self) -> None:
         """Weights and states of the last checkpoint, but the data goes on behind the bad samples."""
         self.store.wait()
         newest = self.store.newest()
         if newest is None:
-            raise TrainingDivergedError(f"step {self.step}: bad losses, and no checkpoint to go back to")
-        position, guard = self.position, self.guard.state()
+            raise TrainingDivergedError(f"error: bad losses up to step {self.step - 1}, and no checkpoint to go back to in {self.store.folder}")
+        position, guard, scale = self.position, self.guard.state(), self.engine.loss_scale
         self._load(newest)
         self.position = position
+        self.engine.loss_scale = min(scale, self.engine.loss_scale)
         self.guard.load_state({**guard, "losses": self.guard.state()["losses"], "norms": self.guard.state()["norms"]})
         self._write({"kind": "rolled_back", "step": self.step, "position": position})
 
@@ -219,10 +273,14 @@ class Trainer:
         """Mean loss over held-out text, as nats per token and, where the text's bytes are known, bits per byte."""
         for model in self.engine.models:
             model.eval()
-        losses = [self.engine.evaluate(microbatches) for microbatches in self.batches.validation()]
+        losses = []
+        for microbatches in self.batches.validation():
+            if self._agree_to_stop():
+                break
+            losses.append(self.engine.evaluate(microbatches))
         for model in self.engine.models:
             model.train()
-        if losses:
+        if losses and not self.stop_signal:
             nats = sum(losses) / len(losses)
             record: dict[str, Any] = {"kind": "eval", "step": self.step, "loss": nats, "num_lists": len(losses)}
             bytes_per_token = getattr(self.batches.valid, "text_bytes", 0) / max(getattr(self.batches.valid, "num_tokens", 1), 1)
@@ -241,29 +299,43 @@ class Trainer:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.log is not None:
-            self.log.write(record)
+            try:
+                self.log.write(record)
+            except OSError as error:
+                rule = f"could not be written ({error.strerror})"
+                raise InputError.single("--out", str(self.log.path), rule, "free space, then --resume; the checkpoints are intact") from None
             self.progress(record)
 
+    def _gather_measured(self) -> list[dict[str, Any]]:
+        """What the instruments of every rank saw."""
+        found = self.instruments
+        mine = {"peak_bytes": found.peak_bytes, "state_bytes": found.state_bytes, "flops": found.total_flops,
+                "attention_flops": found.attention_flops}  # fmt: skip
+        if self.ranks.world_size == 1:
+            return [mine]
+        every: list[Any] = [None] * self.ranks.world_size
+        dist.all_gather_object(every, mine)
+        return every
+
     def _finish(self) -> Summary:
-        """Gathers what every rank measured; rank 0 writes `summary.json`."""
-        mine = {"peak_bytes": self.instruments.peak_bytes, "state_bytes": self.instruments.state_bytes,
-                "flops": self.instruments.total_flops, "attention_flops": self.instruments.attention_flops}  # fmt: skip
-        every: list[Any] = [mine]
-        if self.ranks.world_size > 1:
-            every = [None] * self.ranks.world_size
-            dist.all_gather_object(every, mine)
+        """Rank 0 writes `summary.json`, over all the processes that this run has had."""
         if self.log is None:
             return Summary()
         self.log.close()
-        config = self.config
+        config, records = self.config, read_metrics(self.log.path)
         facts = {
             "schema_version": 1, "date": datetime.date.today().isoformat(), "device": device_name(self.ranks.device), "torch": torch.__version__,
             "num_threads": torch.get_num_threads(), "num_devices": self.ranks.world_size, "tokens_per_step": config.tokens_per_step,
-            "is_complete": self.step >= config.num_steps, "stop_signal": self.stop_signal, "per_rank": every,
-            "peak_bytes": max(rank["peak_bytes"] for rank in every), "flops_per_step": sum(rank["flops"] for rank in every),
-            "attention_flops_per_step": sum(rank["attention_flops"] for rank in every),
+            "num_steps": self.step, **self._troubles(),
+            "is_complete": self.step >= config.num_steps and not self.stop_signal, "stop_signal": self.stop_signal,
         }  # fmt: skip
-        records = read_metrics(self.options.out / "metrics.jsonl")
+        measured = [r["per_rank"] for r in records if r.get("kind") == "measured"]
+        if measured:
+            every = measured[-1]
+            facts |= {
+                "per_rank": every, "peak_bytes": max(rank["peak_bytes"] for rank in every), "flops_per_step": sum(rank["flops"] for rank in every),
+                "attention_flops_per_step": sum(rank["attention_flops"] for rank in every),
+            }  # fmt: skip
         evals = [r for r in records if r.get("kind") == "eval"]
         if evals:
             facts["eval"] = {k: v for k, v in evals[-1].items() if k != "kind"}
