@@ -83,6 +83,8 @@ class StackSpec(Spec):
     """Bytes of one accumulated gradient, with a 2-byte compute format."""
     reduce_bytes: float = Field(ge=1, le=4)
     """Bytes of one gradient element on the wire."""
+    frees_gradients: bool = False
+    """Gradients are made anew each step (`zero_grad(set_to_none=True)`), not kept in buffers."""
     attention_kernel: Literal["flash", "unfused"]
     attention_library: str
     """A kernel of data/attention_kernels.yaml."""

@@ -16,7 +16,7 @@ from planner.schedules import SCHEDULES
 
 __all__ = [
     "MemoryBreakdown", "StateFormat", "estimate_memory", "gathered_bytes_per_param", "gathered_params", "kept_bytes", "part_states",
-    "state_format", "trained_params", "transient_bytes", "zero_degrees",
+    "replaced_gradients", "state_format", "trained_params", "transient_bytes", "zero_degrees",
 ]  # fmt: skip
 
 Array = Any
@@ -29,6 +29,7 @@ class MemoryBreakdown:
     weights: Array
     """Parameters as stored between steps, with low-precision copies."""
     gradients: Array
+    """Where they are made anew each step, those that live beside the activations which they replace."""
     optimizer: Array
     """Optimizer states and a separate fp32 master copy."""
     activations: Array
@@ -81,7 +82,9 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     num_ranks = np.asarray(layout.dp * layout.tp * layout.cp * layout.pp)
     buffers = _stage_axis(np.where(num_ranks > 1, stack.collective_buffers, 0.0))
     parts = {
-        "weights": states[0], "gradients": states[1], "optimizer": states[2],
+        "weights": states[0],
+        "gradients": states[1] - replaced_gradients(graph, stack, (blocks + logits) * in_flight),
+        "optimizer": states[2],
         "activations": blocks * in_flight,
         "logits": logits * in_flight,
         "recompute_workspace": _recompute_workspace(graph),
@@ -182,6 +185,28 @@ def kept_bytes(part: Part, graph: StepGraph, stack: StackSpec) -> tuple[Array, A
     if part.is_block and graph.workload.recompute == "full":
         total = graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes
     return total, logits
+
+
+def replaced_gradients(graph: StepGraph, stack: StackSpec, activations: Array) -> Array:
+    """Bytes of gradients that are not there yet when the activations are all there, [..., pp].
+
+    Formula: with one microbatch a step, a stack that frees gradients after each step makes them while the backward pass frees activations
+    (and cast weights); the head's come first. The peak is max(activations + head gradients, all gradients), so min(activations,
+    other gradients) of the sum of both is never alive. Plain data parallelism keeps its buckets, and pipelines have more microbatches.
+    """
+    if not stack.frees_gradients or graph.layout.pp > 1:
+        return 0.0
+    layout, kept, head = graph.layout, state_format(graph, stack), graph.parts[-1]
+    body, casts = [], []
+    for part in graph.parts:
+        trained = sum(sum(trained_params(part, is_expert, False)) for is_expert in (False, True))
+        gradients = sum(part_states(graph, stack, part, is_expert)[1] for is_expert in (False, True))
+        body.append(gradients * (0.0 if part is head else 1.0))
+        casts.append(trained * kept.cast_copy)
+    runs = part_runs(graph)
+    alive = np.minimum(over_stages(body, runs), activations + over_stages(casts, runs))
+    has_buckets = (np.asarray(layout.dp) > 1) & (np.asarray(layout.zero_stage) == 0)
+    return alive * _stage_axis((np.asarray(graph.num_microbatches) == 1) & ~has_buckets)
 
 
 def _kept(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array]:
