@@ -240,6 +240,24 @@ def validate(
     sys.stdout.write(to_json(report.to_dict()) if as_json else render_markdown(report))
 
 
+@app.command(epilog="Example: planner calibrate runs/a runs/b runs/c --out stack.yaml")
+def calibrate(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN_DIR...", help="Folders that `reftrain run` wrote.")],
+    out: Annotated[str, typer.Option(metavar="STACK.yaml", help="Where to write the fitted stack.")],
+    stack: Annotated[str | None, typer.Option(metavar="NAME", help="Stack to start from; default the runs' own.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Fit a stack to measured runs, and say how well it predicts runs that it was not fitted to."""
+    from planner.calibration import calibrate as run
+    from planner.calibration import read_run
+    from planner.files import to_json
+    from planner.report.calibration_text import render_calibration
+
+    found = run([read_run(folder) for folder in runs], stack, Path(out).stem)
+    found.save(out)
+    sys.stdout.write(to_json(found.to_dict()) if as_json else render_calibration(found, out))
+
+
 def _fail(error: PlannerError, as_json: bool) -> int:
     from planner.files import to_json
 

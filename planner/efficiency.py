@@ -10,26 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
 
 from planner.curves import Curve, DeviceCurves
 from planner.errors import InputError
-from planner.files import DATA_DIR, read_yaml, user_dir
+from planner.files import DATA_DIR, read_yaml
 from planner.hardware import Accelerator
 from planner.op_cost import Op, OpCost
 from planner.ops import Embedding, Loss, Norm
 from planner.precision import Precision
-from planner.registry import unknown_name
-from planner.spec import Bytes, Fraction, Seconds, Spec, build
+from planner.stack import Coefficient, Evidence, StackSpec
 
-__all__ = ["Coefficient", "Efficiency", "StackSpec", "load_stack", "stack_names"]
+__all__ = ["Efficiency", "op_class"]
 
 Array = Any
-Evidence = Literal["measured", "fitted", "assumed"]
 
 UNMEASURED_MATMUL_FRACTION = 0.70
 """Best matmul rate over peak where nobody published one; the published ones span 0.51 to 0.97."""
@@ -39,111 +35,6 @@ TILES = ((256, 128, 1.0), (128, 128, 0.94), (64, 128, 0.80))
 """Output tiles a matmul library chooses from, with the rate each reaches when it fills the device; assumed."""
 MEMORY_RAMP_BYTES = 2e6
 """Bytes whose transfer time equals a memory-bound kernel's ramp up and down; assumed, gives 0.83 of the plateau at 10 MB."""
-
-
-class Coefficient(Spec):
-    """One number of a stack and why it is believed."""
-
-    value: float = Field(ge=0, le=10)
-    evidence: Evidence
-    source: str = Field(min_length=4)
-
-
-class Spread(Spec):
-    """The 80% interval of a prediction, as factors: 10th and 90th percentile of measured over predicted, at least around 1."""
-
-    low: float = Field(gt=0, le=1)
-    high: float = Field(ge=1, le=10)
-    evidence: Evidence
-    source: str = Field(min_length=4)
-
-
-class Overlap(Spec):
-    """Share of each kind of communication that the stack can hide behind compute, where there is enough of it."""
-
-    fsdp: Coefficient
-    data_parallel: Coefficient
-    tensor_parallel: Coefficient
-    context_parallel: Coefficient
-    expert_parallel: Coefficient
-    pipeline: Coefficient
-
-
-class StackSpec(Spec):
-    """A software stack: what it fuses, overlaps, keeps and reaches."""
-
-    name: str
-    description: str
-    source: str
-    date: str
-    weight_storage: Literal["separate_master", "fp32_in_place"]
-    """`separate_master`: weights in compute format and an fp32 copy with the optimizer (Megatron, DeepSpeed);
-    `fp32_in_place`: fp32 weights, cast when used (FSDP, DDP with autocast, JAX)."""
-    gradient_bytes: float = Field(ge=1, le=4)
-    """Bytes of one accumulated gradient, with a 2-byte compute format."""
-    reduce_bytes: float = Field(ge=1, le=4)
-    """Bytes of one gradient element on the wire."""
-    frees_gradients: bool = False
-    """Gradients are made anew each step (`zero_grad(set_to_none=True)`), not kept in buffers."""
-    attention_kernel: Literal["flash", "unfused"]
-    attention_library: str
-    """A kernel of data/attention_kernels.yaml."""
-    loss_kernel: Literal["fused", "unfused", "chunked"]
-    fused_activation: bool
-    """Activation and its product with the gate run inside one kernel that keeps only its inputs."""
-    fused_norm: bool
-    saves_gathered_input: bool
-    selective_recompute: list[Literal["norm", "activation", "scores", "dropout"]]
-    """Producers whose tensors `recompute: selective` drops."""
-    recompute_stops_early: bool
-    """Recomputing a block ends once every tensor of the backward pass is there again: its last matmul is not repeated."""
-    matmul: Coefficient
-    """Rate of large matmuls in a training step over the best rate measured alone (hot devices, power limit)."""
-    matmul_per_device: dict[str, Coefficient] = Field(default_factory=dict)
-    """Accelerator id -> rate of large matmuls in a training step over the dense peak, where it was fitted for the pair."""
-    grouped_matmul: Coefficient
-    """The same for expert matmuls, over `matmul`."""
-    attention: Coefficient
-    """Over the kernel's published curve."""
-    memory: Coefficient
-    """Achieved memory bandwidth over the data sheet's, large tensors."""
-    kernel_overhead: Seconds
-    """Least device time per kernel."""
-    overlap: Overlap
-    context: Bytes
-    """Device memory of runtime, libraries and kernels."""
-    collective_buffers: Bytes
-    """Device memory of the communication library, more than one device."""
-    allocator_slack_fraction: Fraction
-    """Reserved above allocated memory, over allocated."""
-    time_interval: Spread
-    memory_interval: Spread
-    measured: dict[str, DeviceCurves] = Field(default_factory=dict)
-    """Accelerator id -> seconds measured op by op, which go before the rooflines; the coefficients above still divide them."""
-
-
-def _stack_files() -> dict[str, Path]:
-    """This machine's stacks hide shipped ones of the same name."""
-    return {path.stem: path for folder in (DATA_DIR, user_dir()) for path in sorted((folder / "stacks").glob("*.yaml"))}
-
-
-def stack_names() -> list[str]:
-    """Names of the stacks shipped under data/stacks/, and of those that this machine measured."""
-    return sorted(_stack_files())
-
-
-def load_stack(name: str) -> StackSpec:
-    """A stack by name, or by path to a file that `planner calibrate` wrote.
-
-    Raises:
-        InputError: unknown name or a file that is not a stack.
-    """
-    if "/" in name or name.endswith((".yaml", ".yml")):
-        return build(StackSpec, read_yaml(name), "stack", name)
-    files = _stack_files()
-    if name not in files:
-        raise unknown_name("stack", name, list(files))
-    return build(StackSpec, read_yaml(files[name]), "stack", f"stacks/{name}.yaml")
 
 
 Phase = Literal["forward", "backward_input", "backward_weight"]

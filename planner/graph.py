@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from planner.architectures import ModelOps, model_ops
-from planner.efficiency import StackSpec
 from planner.layout import Layout, LayoutArrays, chunk_sizes
 from planner.model_spec import ModelSpec
 from planner.op_cost import Numerics, Op, OpCost, Shard
 from planner.precision import Precision
 from planner.schedules import SCHEDULES
+from planner.stack import StackSpec
 from planner.workload import Workload
 
 __all__ = [

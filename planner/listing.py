@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from planner.architectures import load_model, preset_names, preset_record
-from planner.efficiency import load_stack, stack_names
 from planner.graph import count_params
 from planner.hardware import load_catalog
+from planner.stack import load_stack, stack_names
 from planner.units import format_count
 
 __all__ = ["KINDS", "entry", "listing"]

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from planner.efficiency import StackSpec
 from planner.graph import Part, StepGraph, over_stages, part_runs
 from planner.hardware import Cluster
 from planner.op_cost import OpCost
 from planner.optimizers import get_optimizer
 from planner.schedules import SCHEDULES
+from planner.stack import StackSpec
 
 __all__ = [
     "MemoryBreakdown", "StateFormat", "estimate_memory", "gathered_bytes_per_param", "gathered_params", "kept_bytes", "part_states",

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from planner.efficiency import Spread
 from planner.errors import InputError
 from planner.files import parse_json, parse_yaml, read_text, to_yaml, write_text
 from planner.hardware import ClusterSpec
 from planner.layout import Layout, PartialLayout
 from planner.spec import Spec, build
+from planner.stack import Spread
 from planner.workload import Workload
 
 __all__ = [

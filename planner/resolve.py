@@ -6,12 +6,12 @@ In: a Request. Out: a `Job`: model, cluster, stack and workload with nothing lef
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from planner.architectures import load_model
-from planner.efficiency import Efficiency, StackSpec, load_stack
+from planner.efficiency import Efficiency
 from planner.errors import InputError, Problem
 from planner.graph import count_params, make_numerics
 from planner.hardware import Cluster, load_catalog
@@ -20,6 +20,7 @@ from planner.model_spec import ModelSpec
 from planner.op_cost import Numerics
 from planner.plan import Request
 from planner.precision import Precision, get_precision
+from planner.stack import StackSpec, load_stack
 from planner.units import format_count
 from planner.workload import Workload
 
@@ -93,6 +94,8 @@ def _fill(request: Request, model: ModelSpec, cluster: Cluster, stack: StackSpec
     assumptions = [*cluster.assumptions, *model.assumptions]
     if request.stack is None:
         assumptions.append(f"stack {stack.name}: none was named")
+    if stack.communication is not None:
+        cluster = replace(cluster, communication_fraction=stack.communication.value)
     workload, precision = request.workload, get_precision(request.workload.precision)
     seq_len = workload.seq_len
     if seq_len is None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from planner.architectures import load_model
-from planner.efficiency import load_stack
 from planner.estimate import estimate
 from planner.graph import StepGraph, build_step_graph, count_params, model_flops_per_token
 from planner.layout import Layout
@@ -15,6 +14,7 @@ from planner.memory import kept_bytes
 from planner.op_cost import Numerics
 from planner.plan import build_request
 from planner.resolve import resolve
+from planner.stack import load_stack
 
 EXACT = 1e-12
 GPTS = [

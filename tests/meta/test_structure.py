@@ -19,13 +19,14 @@ LEVELS: dict[str, int] = {
     **dict.fromkeys(("precision", "optimizers", "model_spec", "workload", "layout", "curves", "hardware"), 1),
     **dict.fromkeys(("op_cost", "attention_op", "ops", "collectives", "layout_rules"), 2),
     "architectures": 3,
+    "stack": 2,
     "efficiency": 3,  # it prices an OpCost
     **dict.fromkeys(("schedules", "graph"), 4),
     **dict.fromkeys(("memory", "timing"), 5),
     **dict.fromkeys(("economics", "scaling_laws"), 6),
     **dict.fromkeys(("plan", "resolve", "pricing", "layout_space", "assemble"), 7),
     "estimate": 8,
-    **dict.fromkeys(("listing", "explain", "explanations", "compare", "remedies", "validation", "measurements", "report"), 9),
+    **dict.fromkeys(("listing", "explain", "explanations", "compare", "remedies", "validation", "calibration", "measurements", "report"), 9),
     **dict.fromkeys(("cli", "__main__"), 10),
 }  # fmt: skip
 """What a file may import: its own level and below. A new file needs a place in this list."""

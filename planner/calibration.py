@@ -1,0 +1,178 @@
+"""Runs -> a stack whose predictions fit them: coefficients, intervals, and errors on runs that were left out of the fit.
+
+A step's seconds are a sum over kinds of work, each divided by one coefficient of the stack. The fit scales those coefficients (and the
+memory's slack) towards the runs, and stays near where it started for kinds that the runs say little about.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planner.errors import InputError
+from planner.estimate import estimate
+from planner.files import read_json, read_yaml, to_yaml, write_text
+from planner.plan import Plan, Request, build_request
+from planner.spec import build
+from planner.stack import StackSpec, load_stack
+
+__all__ = ["Calibration", "Run", "calibrate", "read_run"]
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "matmul": ("matmul", "grouped_matmul"),
+    "attention": ("attention",),
+    "memory": ("memory_bound", "optimizer"),
+    "communication": ("tensor_parallel", "context_parallel", "expert_parallel", "fsdp", "data_parallel", "pipeline_transfer_and_bubble"),
+}
+"""Coefficient of the stack -> the parts of a step's time that it divides."""
+PRIOR_WEIGHT = 0.02
+"""Weight of staying where one was, against the mean squared relative error of the runs; chosen on no run: a fifth of a kind's time may
+move freely when ten runs ask for it."""
+LEAST_FACTOR, MOST_FACTOR = 0.2, 5.0
+LEAST_RUNS = 3
+INTERVAL_PERCENTILES = (10.0, 90.0)
+LEAST_INTERVAL_FRACTION = 0.03
+"""An interval from a handful of residuals is never narrower than this on either side."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured run."""
+
+    name: str
+    request: Request
+    step_s: float
+    peak_bytes: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The fitted stack and how well it does."""
+
+    stack: dict[str, Any]
+    factors: dict[str, float]
+    """Time factor of each kind: 1.1 means that it takes 10% longer than predicted before."""
+    rows: tuple[dict[str, Any], ...]
+    """Per run: predicted step before, after, and by a fit without this run; measured."""
+    median_error_before: float
+    median_error_after: float
+    median_error_left_out: float
+
+    def save(self, path: str | Path) -> None:
+        """Writes the stack file."""
+        write_text(path, to_yaml(self.stack))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `calibrate --json` prints."""
+        return {
+            "schema_version": 1, "stack": self.stack["name"], "factors": self.factors, "rows": list(self.rows),
+            "median_abs_error_fraction": {
+                "before": self.median_error_before, "after": self.median_error_after, "left_out": self.median_error_left_out,
+            },
+        }  # fmt: skip
+
+
+def read_run(folder: str | Path) -> Run:
+    """A run that `reftrain run` finished.
+
+    Raises:
+        InputError: no such run, or one without timed steps.
+    """
+    folder = Path(folder)
+    if not (folder / "summary.json").is_file():
+        raise InputError.single("RUN_DIR", str(folder), "holds no summary.json: not a finished run", "name folders that `reftrain run` wrote")
+    summary, plan = read_json(folder / "summary.json"), read_yaml(folder / "plan.yaml")
+    if "step_s" not in summary:
+        raise InputError.single("RUN_DIR", str(folder), "the run has no timed steps", "run it for at least 10 steps")
+    return Run(str(folder), build_request(plan, str(folder / "plan.yaml")), float(summary["step_s"]["median"]), float(summary["peak_bytes"]))
+
+
+def calibrate(runs: Sequence[Run], stack_name: str | None = None, name: str | None = None) -> Calibration:
+    """Fits a stack to runs.
+
+    Formula: minimizes mean((sum_k x_k t_ik / y_i - 1)^2) + PRIOR_WEIGHT * mean((x_k - 1)^2) over the time factors x_k of the kinds
+    k, where t_ik are the predicted seconds of kind k in run i and y_i the measured ones; the new coefficient is the old one over x_k.
+    The interval is the 10th to 90th percentile of measured over predicted, each predicted by a fit without that run.
+
+    Args:
+        stack_name: the stack to start from; None: the runs' own.
+        name: of the new stack; None: the old one's with `-calibrated`.
+
+    Raises:
+        InputError: fewer than three runs, or runs of several stacks or accelerators.
+    """
+    if len(runs) < LEAST_RUNS:
+        raise InputError.single("RUN_DIR", len(runs), f"a fit needs at least {LEAST_RUNS} runs", "measure more, of different sizes")
+    start = _common_stack(runs, stack_name)
+    plans = [estimate(run.request.model_copy(update={"stack": start})) for run in runs]
+    times = np.array([[sum(plan.time.breakdown_s[part] for part in parts) for parts in KINDS.values()] for plan in plans])
+    measured = np.array([run.step_s for run in runs])
+    factors = _fit(times, measured)
+    left_out = np.array([times[i] @ _fit(np.delete(times, i, 0), np.delete(measured, i)) for i in range(len(runs))])
+    before, after = times.sum(axis=1), times @ factors
+    memory = np.array([run.peak_bytes / plan.memory.peak_bytes.value for run, plan in zip(runs, plans, strict=True)])
+    stack = _new_stack(load_stack(start), name or f"{start}-calibrated", factors, measured / left_out, memory, runs)
+    rows = tuple(
+        {"run": run.name, "measured_step_s": run.step_s, "before_step_s": float(b), "after_step_s": float(a), "left_out_step_s": float(o)}
+        for run, b, a, o in zip(runs, before, after, left_out, strict=True)
+    )
+    errors = [float(np.median(np.abs(predicted / measured - 1))) for predicted in (before, after, left_out)]
+    return Calibration(stack, dict(zip(KINDS, map(float, factors), strict=True)), rows, *errors)
+
+
+def _common_stack(runs: Sequence[Run], stack_name: str | None) -> str:
+    if stack_name is not None:
+        return stack_name
+    plans: list[Plan] = [estimate(run.request) for run in runs]
+    names = sorted({str(plan.inputs["stack"]) for plan in plans})
+    if len(names) > 1:
+        raise InputError.single("RUN_DIR", names, "the runs name several stacks", "name one with --stack, or calibrate them apart")
+    return names[0]
+
+
+def _fit(times: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Time factors, [kinds]: ridge regression towards 1 on relative errors, inside bounds (projected, kind by kind)."""
+    design = times / measured[:, None]
+    num_runs, num_kinds = design.shape
+    gram = design.T @ design / num_runs + PRIOR_WEIGHT / num_kinds * np.eye(num_kinds)
+    target = design.mean(axis=0) + PRIOR_WEIGHT / num_kinds
+    factors = np.ones(num_kinds)
+    for _ in range(500):  # coordinate descent of a convex quadratic: converges to the bounded optimum
+        for k in range(num_kinds):
+            rest = gram[k] @ factors - gram[k, k] * factors[k]
+            factors[k] = np.clip((target[k] - rest) / gram[k, k], LEAST_FACTOR, MOST_FACTOR)
+    return factors
+
+
+def _new_stack(
+    old: StackSpec, name: str, factors: np.ndarray, time_ratio: np.ndarray, memory_ratio: np.ndarray, runs: Sequence[Run]
+) -> dict[str, Any]:
+    """The old stack's file with new coefficients and intervals."""
+    today = datetime.date.today().isoformat()
+    source = f"fitted to {len(runs)} runs on {today}, from the stack {old.name}"
+    values = old.model_dump(exclude_none=True, by_alias=True)
+    values |= {"name": name, "description": f"{old.description}, calibrated", "source": source, "date": today}
+    for kind, factor in zip(KINDS, factors, strict=True):
+        previous = 1.0 if values.get(kind) is None else values[kind]["value"]
+        values[kind] = {"value": float(previous / factor), "evidence": "fitted", "source": source}
+    spread_source = f"10th and 90th percentile of measured over predicted in {len(runs)} runs, each left out of its own fit ({today})"
+    values["time_interval"] = _spread(time_ratio, spread_source)
+    values["memory_interval"] = _spread(memory_ratio, f"10th and 90th percentile of measured over predicted in {len(runs)} runs ({today})")
+    values |= {
+        "kernel_overhead": f"{old.kernel_overhead!r} s",
+        "context": f"{old.context!r} B",
+        "collective_buffers": f"{old.collective_buffers!r} B",
+    }
+    build(StackSpec, values, "stack")
+    return values
+
+
+def _spread(ratios: np.ndarray, source: str) -> dict[str, Any]:
+    low, high = np.percentile(ratios, INTERVAL_PERCENTILES)
+    bounds = {"low": min(float(low), 1 - LEAST_INTERVAL_FRACTION), "high": max(float(high), 1 + LEAST_INTERVAL_FRACTION)}
+    return {**bounds, "evidence": "fitted", "source": source}
