@@ -19,6 +19,9 @@ LEAST_SPREAD = 0.05
 """Smallest standard deviation assumed, as a share of the mean: a very quiet history must not make noise look like a spike."""
 
 
+COUNTERS = ("skipped_in_row", "num_skipped", "num_rollbacks", "recent_rollbacks", "good_in_row")
+
+
 class TrainingDivergedError(PlannerError):
     """The run stopped because skipping and rolling back did not help."""
 
@@ -35,6 +38,9 @@ class SpikeGuard:
     skipped_in_row: int = 0
     num_skipped: int = 0
     num_rollbacks: int = 0
+    recent_rollbacks: int = 0
+    """Since the last `WINDOW` good steps in a row: troubles far apart do not add up to a divergence."""
+    good_in_row: int = 0
 
     def judge(self, loss: float, norm: float) -> Literal["good", "skip", "roll_back", "stop"]:
         """What to do with a step; good ones become part of the history."""
@@ -42,14 +48,21 @@ class SpikeGuard:
             self.losses.append(loss)
             self.norms.append(math.log(norm + 1e-30))
             self.skipped_in_row = 0
+            self.good_in_row += 1
+            if self.good_in_row >= WINDOW:
+                self.recent_rollbacks = 0
             return "good"
+        self.good_in_row = 0
         self.skipped_in_row += 1
         self.num_skipped += 1
-        if self.skipped_in_row <= self.max_skipped:
+        if self.skipped_in_row < self.max_skipped:
             return "skip"
         self.skipped_in_row = 0
+        if self.recent_rollbacks >= self.max_rollbacks:
+            return "stop"
+        self.recent_rollbacks += 1
         self.num_rollbacks += 1
-        return "roll_back" if self.num_rollbacks <= self.max_rollbacks else "stop"
+        return "roll_back"
 
     def _is_bad(self, loss: float, norm: float) -> bool:
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -65,12 +78,10 @@ class SpikeGuard:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {
-            "losses": list(self.losses), "norms": list(self.norms), "skipped_in_row": self.skipped_in_row,
-            "num_skipped": self.num_skipped, "num_rollbacks": self.num_rollbacks,
-        }  # fmt: skip
+        return {"losses": list(self.losses), "norms": list(self.norms), **{name: getattr(self, name) for name in COUNTERS}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
         self.losses, self.norms = deque(state["losses"], maxlen=WINDOW), deque(state["norms"], maxlen=WINDOW)
-        self.skipped_in_row, self.num_skipped, self.num_rollbacks = state["skipped_in_row"], state["num_skipped"], state["num_rollbacks"]
+        for name in COUNTERS:
+            setattr(self, name, state[name])

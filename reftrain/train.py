@@ -203,7 +203,7 @@ class Trainer:
         record = {
             "kind": "step", "step": self.step, "loss": loss, "norm": norm, "learning_rate": rate, "step_s": step_s, "phases_s": times.parts,
             "tokens_per_s": self.config.tokens_per_step / step_s, "position": self.position,
-            "timed": self.steps_here >= WARMUP_STEPS, **({"skipped": True} if verdict != "good" else {}),
+            "timed": self.steps_here >= WARMUP_STEPS and verdict == "good", **({"skipped": True} if verdict != "good" else {}),
         }  # fmt: skip
         self._write(record)
         self.steps_here += 1
@@ -218,7 +218,7 @@ class Trainer:
         self._write({"kind": "diverged", "step": self.step - 1, "loss": loss, "norm": norm, **self._troubles()})
         raise TrainingDivergedError(
             f"error: the run diverged at step {self.step - 1}: loss {loss:g}, gradient norm {norm:g}; {self.guard.num_skipped} steps were "
-            f"skipped and {self.guard.num_rollbacks - 1} rollbacks did not help\n"
+            f"skipped and {self.guard.recent_rollbacks} rollbacks did not help\n"
             f"  kept {self.store.newest()}, the last good checkpoint\n"
             f"  fix  lower training.learning_rate, lengthen training.warmup_steps, or look at the data of samples up to {self.position - 1}"
         )
@@ -244,11 +244,11 @@ class Trainer:
         newest = self.store.newest()
         if newest is None:
             raise TrainingDivergedError(f"error: bad losses up to step {self.step - 1}, and no checkpoint to go back to in {self.store.folder}")
-        position, guard, scale = self.position, self.guard.state(), self.engine.loss_scale
+        position, counts, scale = self.position, self.guard.state(), self.engine.loss_scale
         self._load(newest)
         self.position = position
         self.engine.loss_scale = min(scale, self.engine.loss_scale)
-        self.guard.load_state({**guard, "losses": self.guard.state()["losses"], "norms": self.guard.state()["norms"]})
+        self.guard.load_state({**counts, "losses": list(self.guard.losses), "norms": list(self.guard.norms)})
         self._write({"kind": "rolled_back", "step": self.step, "position": position})
 
     def _save(self, *, block: bool) -> None:
@@ -302,7 +302,7 @@ class Trainer:
             try:
                 self.log.write(record)
             except OSError as error:
-                rule = f"could not be written ({error.strerror})"
+                rule = f"could not be written ({error.strerror}, {len(str(record)):,} bytes are needed)"
                 raise InputError.single("--out", str(self.log.path), rule, "free space, then --resume; the checkpoints are intact") from None
             self.progress(record)
 
