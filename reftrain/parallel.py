@@ -48,6 +48,8 @@ class Ranks:
     axes: Axes = SINGLE
     tied_group: dist.ProcessGroup | None = None
     """First and last pipeline stage, for a parted tied embedding."""
+    token_group: dist.ProcessGroup | None = None
+    """Ranks of this stage whose routers see other tokens; without expert parallelism tp ranks see the same ones."""
 
     @property
     def world_size(self) -> int:
@@ -153,7 +155,8 @@ def make_ranks(layout: Layout, device: torch.device, rank: int) -> Ranks:
         shape = (layout.pp, stage // (layout.ep * expert_shard), expert_shard, layout.ep)
         expert = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "expert_replicate", "expert_shard", "ep"))
     axes = Axes(main["tp"] if layout.tp > 1 else None, layout.sequence_parallel, cp_mesh, None if expert is None else expert["ep"])
-    return Ranks(layout, device, rank, main, expert, axes, _make_tied_group(layout, rank))
+    routers = main["replicate", "shard"] if expert is None else expert["expert_replicate", "expert_shard", "ep"]
+    return Ranks(layout, device, rank, main, expert, axes, _make_tied_group(layout, rank), routers._flatten().get_group())
 
 
 def _make_tied_group(layout: Layout, rank: int) -> dist.ProcessGroup | None:
@@ -216,7 +219,8 @@ def _split(model: Transformer, ranks: Ranks) -> None:
         elif tp_mesh is None:
             continue
         elif isinstance(module, Linear):
-            module.split = "column" if last in COLUMN else "row" if last in ROW else "none"
+            is_router = name.endswith("router.gate")
+            module.split = "none" if is_router else "column" if last in COLUMN else "row" if last in ROW else "none"
             _place(module, tp_mesh, {"column": {"weight": 0, "bias": 0}, "row": {"weight": 1}, "none": {}}[module.split])
         elif isinstance(module, (RmsNorm, LayerNorm)):
             module.is_inside = last in ("q_norm", "k_norm") and model.spec.mla is None

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, _init_optim_state, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +26,7 @@ from reftrain.pipeline import make_pipeline
 
 __all__ = ["Engine", "StepTimes"]
 
+OWN_TIED, SHARED_TIED = "tied.weight", "embeddings.token.weight"
 FIRST_SCALE, SCALE_GROWTH_STEPS = 2.0**15, 500
 """fp16: the loss is multiplied so that small gradients survive; halved when they overflow, doubled after so many good steps."""
 
@@ -127,22 +128,12 @@ class Engine:
         self.clear()
         for model in self.models:
             for router in model.routers():
-                router.rebalance(config.training.balance_rate, self._token_group)
+                router.rebalance(config.training.balance_rate, self.ranks.token_group)
         if config.workload.precision == "fp16":
             self.good_steps += 1
             if self.good_steps % SCALE_GROWTH_STEPS == 0:
                 self.loss_scale *= 2
         return rate
-
-    @property
-    def _token_group(self) -> dist.ProcessGroup | None:
-        """Ranks of this stage that route other tokens; without expert parallelism tp ranks route the same ones."""
-        ranks = self.ranks
-        if ranks.main is None:
-            return None
-        if ranks.expert is not None:
-            return _flat(ranks.expert, ("expert_replicate", "expert_shard", "ep"))
-        return _flat(ranks.main, ("replicate", "shard"))
 
     def skip(self) -> None:
         """Drops this step's gradients and leaves everything else as it was."""
@@ -160,14 +151,27 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """Weights and optimizer states under names that do not depend on the layout."""
+        self._start_optimizers()
         model: dict[str, Any] = {}
         optimizer: dict[str, Any] = {}
         for part, own in self._owned():
             weights, states = get_state_dict(part, own, options=StateDictOptions(flatten_optimizer_state_dict=True))
-            # A parted tied table is the embedding's, which the first stage saves.
-            model |= {name: value for name, value in weights.items() if not name.startswith("tied.")}
-            optimizer |= {name: value for name, value in states.items() if ".tied." not in name}
+            # A tied table that a pipeline parted has one name in both places, and is saved once.
+            model |= {name.replace(OWN_TIED, SHARED_TIED): value for name, value in weights.items()}
+            optimizer |= {name.replace(OWN_TIED, SHARED_TIED): value for name, value in states.items()}
         return {"model": model, "optimizer": optimizer}
+
+    def _start_optimizers(self) -> None:
+        """Gives optimizers that have not stepped yet the states that a checkpoint wants, as of step 0.
+
+        torch fills them by a step of rate 0, which counts; unless it is taken back, AdamW's first real steps are too short.
+        """
+        for optimizer in self.optimizers:
+            if not optimizer.state:
+                _init_optim_state(optimizer)
+                for state in optimizer.state.values():
+                    if isinstance(state.get("step"), Tensor):
+                        state["step"].zero_()
 
     def _owned(self) -> list[tuple[torch.nn.Module, list[torch.optim.Optimizer]]]:
         """Each part with the optimizers of its parameters."""
@@ -180,18 +184,11 @@ class Engine:
     def load_state(self, state: dict[str, Any]) -> None:
         """Puts back what `state` gave, filled in place by a checkpoint."""
         for part, own in self._owned():
+            has_copy = unwrap(part).tied is not None
+            mine = {
+                kind: {name.replace(SHARED_TIED, OWN_TIED) if has_copy else name: value for name, value in values.items()} for kind, values in state.items()
+            }
             set_state_dict(
-                part, own, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                part, own, model_state_dict=mine["model"], optim_state_dict=mine["optimizer"],
                 options=StateDictOptions(flatten_optimizer_state_dict=True, strict=False),
             )  # fmt: skip
-
-
-_FLAT: dict[tuple[int, tuple[str, ...]], dist.ProcessGroup] = {}
-
-
-def _flat(mesh: Any, names: tuple[str, ...]) -> dist.ProcessGroup:
-    """The group over several mesh axes together, made once."""
-    key = (id(mesh), names)
-    if key not in _FLAT:
-        _FLAT[key] = mesh[names]._flatten().get_group()
-    return _FLAT[key]
