@@ -96,7 +96,7 @@ class DeviceCurves(Spec):
     """Memory-bound ops by bytes moved; `optimizer/adamw` by bytes; `cast` and `accumulate` by bytes of fp32 parameters."""
     collectives: dict[str, Curve] = Field(default_factory=dict)
     """`all_reduce/2`: seconds by bytes of the full buffer, for a group of 2."""
-    block_overhead_s: float = Field(default=0.0, ge=0)
-    """Host time of one block's forward and backward pass beyond its ops'."""
+    op_overhead_s: float = Field(default=0.0, ge=0)
+    """Host time of one op in a model, forward or backward, beyond what it takes alone."""
     step_overhead_s: float = Field(default=0.0, ge=0)
     """Host time of one step beyond its microbatches and its optimizer."""

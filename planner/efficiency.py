@@ -195,8 +195,14 @@ class Efficiency:
         """What was measured op by op on this very device under this stack."""
         return self.stack.measured.get(self.accelerator.id)
 
-    def _measured_s(self, cost: OpCost, seq_len: int, is_flash: bool, phase: Phase) -> Array | None:
-        """Seconds of one op from its curve; None where nothing was measured."""
+    def measured_s(self, cost: OpCost, seq_len: int, is_flash: bool, phase: Phase) -> Array | None:
+        """Seconds of one op from its curve, with its host time; None where nothing was measured."""
+        alone = self._alone_s(cost, seq_len, is_flash, phase)
+        if alone is None or self.curves is None or phase == "backward_weight":
+            return alone
+        return alone + self.curves.op_overhead_s
+
+    def _alone_s(self, cost: OpCost, seq_len: int, is_flash: bool, phase: Phase) -> Array | None:
         curves, precision = self.curves, self.precision.name
         if curves is None:
             return None
@@ -241,14 +247,9 @@ class Efficiency:
             return self.memory_s(num_bytes, 0)
         return curve.at(num_bytes) / self.stack.memory.value + curves.step_overhead_s
 
-    @property
-    def block_overhead_s(self) -> float:
-        """Host time of one block, forward and backward, beyond its ops'."""
-        return 0.0 if self.curves is None else self.curves.block_overhead_s
-
     def forward_s(self, cost: OpCost, seq_len: int, is_flash: bool) -> Array:
         """Seconds of one op in the forward pass."""
-        measured = self._measured_s(cost, seq_len, is_flash, "forward")
+        measured = self.measured_s(cost, seq_len, is_flash, "forward")
         if measured is not None:
             return measured
         kind = cost.op.kind
@@ -260,7 +261,7 @@ class Efficiency:
 
     def backward_input_s(self, cost: OpCost, seq_len: int, is_flash: bool) -> Array:
         """Seconds of one op in the backward pass, without the weight gradients of matmuls."""
-        measured = self._measured_s(cost, seq_len, is_flash, "backward_input")
+        measured = self.measured_s(cost, seq_len, is_flash, "backward_input")
         if measured is not None:
             return measured
         kind = cost.op.kind
@@ -275,7 +276,7 @@ class Efficiency:
         """Seconds of the weight gradients of one matmul; 0 for other ops."""
         if cost.gemm is None:
             return 0.0
-        measured = self._measured_s(cost, seq_len, is_flash, "backward_weight")
+        measured = self.measured_s(cost, seq_len, is_flash, "backward_weight")
         if measured is not None:
             return measured
         m, n, k = cost.gemm

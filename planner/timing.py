@@ -155,6 +155,10 @@ def part_times(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluste
             add(forward, kind, own_forward)
             add(backward, kind, own_backward)
             add(weight, kind, efficiency.backward_weight_s(cost, graph.seq_len, is_flash))
+            casts, sums = efficiency.weight_handling_s(cost.params - cost.frozen_params, graph.num_microbatches)
+            if efficiency.curves is not None:
+                add(forward, "memory", casts)
+                add(backward, "memory", sums)
         else:
             own_forward = own_backward = 0.0
         going = _exposed(graph, cost, "forward", own_forward, groups, cluster, efficiency)
@@ -164,11 +168,6 @@ def part_times(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluste
             add(backward, axis, coming[axis])
         if is_repeated:
             again = again + own_forward + sum(going.values())
-    trained = sum((sum(trained_params(part, is_expert, graph.layout.pp > 1)) for is_expert in (False, True)), 0.0)
-    casts, sums = efficiency.weight_handling_s(trained, graph.num_microbatches)
-    host = efficiency.block_overhead_s / 2 if part.is_block else 0.0
-    add(forward, "memory", casts + host)
-    add(backward, "memory", sums + host)
     return PartTimes(forward, backward, weight, again)
 
 

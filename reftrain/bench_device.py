@@ -24,7 +24,7 @@ from planner.files import DATA_DIR, parse_json, read_yaml, to_json, to_yaml, use
 from planner.op_cost import Numerics, Shard
 from planner.ops import Elementwise, Norm
 from planner.plan import build_request
-from reftrain.bench_ops import bench_attention, bench_collectives, bench_matmuls, bench_ops, seconds_per_call
+from reftrain.bench_ops import FULL, QUICK, bench_attention, bench_collectives, bench_matmuls, bench_ops, seconds_per_call
 from reftrain.config import RunConfig, make_run_config
 from reftrain.data import SyntheticDataset
 from reftrain.optim import learning_rate, local_gradients, local_squared_norm, make_optimizers, scale_gradients
@@ -41,7 +41,7 @@ USABLE_MEMORY_FRACTION = 0.9
 
 
 def bench_device(
-    name: str, precisions: Sequence[str], processes: Sequence[int], say: Callable[[str], None] = lambda text: None
+    name: str, precisions: Sequence[str], processes: Sequence[int], say: Callable[[str], None] = lambda text: None, *, is_quick: bool = False
 ) -> tuple[Path, Path]:
     """Measures with each number of processes at once, and writes catalog and stack; returns their paths.
 
@@ -51,18 +51,29 @@ def bench_device(
     measured = {}
     for count in processes:
         say(f"measuring with {count} process{'es' if count > 1 else ''} at work: {', '.join(precisions)}")
-        measured[count] = _measure_with(count, precisions)
+        measured[count] = _measure_with(count, precisions, is_quick)
     return _write(name, measured)
 
 
-def _measure_with(count: int, precisions: Sequence[str]) -> dict[str, Any]:
+def _measure_with(count: int, precisions: Sequence[str], is_quick: bool) -> dict[str, Any]:
     """Runs `measure_here` in `count` processes of their own and takes the slowest rank's answer, as a step would."""
     cores = os.cpu_count() or 1
     devices = torch.cuda.device_count() if torch.cuda.is_available() else cores
     if count > devices:
         raise InputError.single("--processes", count, f"this machine has {devices} devices to share out", f"use {devices} or fewer")
-    code = f"from reftrain.bench_device import measure_here; measure_here({list(precisions)!r})"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--no-python", sys.executable, "-c", code]
+    code = f"from reftrain.bench_device import measure_here; measure_here({list(precisions)!r}, {is_quick})"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        "--no-python",
+        sys.executable,
+        "-c",
+        code,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": str(max(cores // count, 1))}
     done = subprocess.run(command if count > 1 else [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -72,16 +83,16 @@ def _measure_with(count: int, precisions: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def measure_here(precisions: Sequence[str]) -> None:
+def measure_here(precisions: Sequence[str], is_quick: bool = False) -> None:
     """Measures in this process (and its peers under torchrun); rank 0 prints one JSON object."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    tick = _ticker()
+    tick, grid = _ticker(), QUICK if is_quick else FULL
     curves: dict[str, Any] = {
-        "matmul": bench_matmuls(precisions, device, tick),
-        "attention": bench_attention(precisions, device, tick),
-        "ops": bench_ops(precisions, device, tick) | _bench_optimizers(device),
+        "matmul": bench_matmuls(grid, precisions, device, tick),
+        "attention": bench_attention(grid, precisions, device, tick),
+        "ops": bench_ops(grid, precisions, device, tick) | _bench_optimizers(device),
     }
     collectives = bench_collectives(device, tick)
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -131,7 +142,8 @@ def _bench_overheads(curves: dict[str, Any], device: torch.device) -> dict[str, 
     for phase in ("forward", "backward"):
         ops += 2 * float(Curve(**curves["attention"][f"{phase}/fp32/32"]).at(32.0))
     optimizer = float(Curve(**curves["ops"]["optimizer/adamw"]).at(1.0))
-    return {"block_overhead_s": max(per_block - ops, 0.0), "step_overhead_s": max(small - few * per_block - optimizer, 0.0)}
+    num_passes = 2 * (2 + 2 + 1 + 1 + 7 + 1)  # norms, sums, activation, rotation, matmuls, attention; forward and backward
+    return {"op_overhead_s": max(per_block - ops, 0.0) / num_passes, "step_overhead_s": max(small - few * per_block - optimizer, 0.0)}
 
 
 def _tiny_step_s(num_layers: int, device: torch.device) -> float:
@@ -151,7 +163,9 @@ def _bench_optimizers(device: torch.device) -> dict[str, dict[str, Any]]:
     """Seconds of norm, clipping and update by the bytes that the planner counts, for AdamW."""
     config, seconds = _tiny_config(1), []
     for num_params in OPTIMIZER_PARAMS:
-        part = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(min(num_params, 2**18), device=device)) for _ in range(max(num_params // 2**18, 1))])
+        part = torch.nn.ParameterList(
+            [torch.nn.Parameter(torch.randn(min(num_params, 2**18), device=device)) for _ in range(max(num_params // 2**18, 1))]
+        )
         optimizers = make_optimizers([part], config)
         for parameter in part:
             parameter.grad = torch.randn_like(parameter)
@@ -204,10 +218,13 @@ def _write(name: str, measured: dict[int, dict[str, Any]]) -> tuple[Path, Path]:
     write_text(catalog_path, to_yaml(catalog))
     stack = read_yaml(DATA_DIR / "stacks" / "reftrain.yaml")
     source = f"measured by reftrain bench-device on {today}"
+    one_spread = {"evidence": "assumed", "source": "no runs on this machine were compared yet: planner calibrate RUN..."}
     one = {"value": 1.0, "evidence": "measured", "source": source}
     stack |= {
-        "name": name, "description": f"reftrain on this machine ({name})", "source": source, "date": today, "matmul": one, "attention": one, "memory": one,
-        "context": "1 B", "collective_buffers": "1 B", "allocator_slack_fraction": 0.0,
+        "name": name, "description": f"reftrain on this machine ({name})", "source": source, "date": today,
+        "matmul": one, "attention": one, "memory": one,
+        "context": "1 B", "collective_buffers": "1 B", "allocator_slack_fraction": 0.0, "time_interval": {**one_spread, "low": 0.8, "high": 1.25},
+        "memory_interval": {**one_spread, "low": 0.9, "high": 1.1},
         "overlap": {axis: {"value": 0.0, "evidence": "assumed", "source": "processes share the cores that compute"} for axis in stack["overlap"]},
         "measured": {ids[count]: {"source": source, "date": today, "num_processes": count, **found["curves"]} for count, found in measured.items()},
     }  # fmt: skip
@@ -220,7 +237,8 @@ def _accelerator(name: str, found: dict[str, Any], ids: dict[int, str], count: i
     bandwidth = f"{found['memory_bandwidth']!r} B/s"
     others = {str(n): other for n, other in ids.items()} if count == min(ids) else {}
     return {
-        "vendor": "this machine", "name": f"{found['device']}, {count} process{'es' if count > 1 else ''}", "kind": found["kind"], "form_factor": "host",
+        "vendor": "this machine",
+        "name": f"{found['device']}, {count} process{'es' if count > 1 else ''}", "kind": found["kind"], "form_factor": "host",
         "memory": f"{found['memory']!r} B", "memory_bandwidth": bandwidth, "dense_flops": {k: f"{v!r} FLOP/s" for k, v in found["peaks"].items()},
         "typical_node_size": count, "year": int(today[:4]), "stack": name, **({"variants": others} if others else {}),
         "scale_up": {

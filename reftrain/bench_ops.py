@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,18 +19,30 @@ from planner.op_cost import Numerics, Op, Shard
 from planner.ops import Elementwise, Embedding, Loss, Norm
 from reftrain.kernels import _chunk_loss, rms_norm, rotate
 
-__all__ = ["bench_attention", "bench_collectives", "bench_matmuls", "bench_ops", "seconds_per_call"]
+__all__ = ["FULL", "QUICK", "Grid", "bench_attention", "bench_collectives", "bench_matmuls", "bench_ops", "seconds_per_call"]
 
-ROWS, WIDTHS = (32, 256, 2048), (64, 256, 1024, 4096)
 MOST_FLOPS = 3e9
 """Of one timed matmul; larger ones take time in proportion."""
-SEQ_LENS, HEAD_DIMS = (32, 64, 128, 256, 512, 1024, 2048), (32, 64, 128)
-ELEMENTS = tuple(2**power for power in (10, 13, 15, 17, 19, 21, 23, 24))
 OP_WIDTH = 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MESSAGE_BYTES = tuple(2**power for power in (8, 12, 15, 17, 19, 21, 23, 25))
 POOL_BYTES = 48 * 2**20
 """Inputs rotate through so many bytes, because in a model they were not touched a moment ago."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sizes that are measured."""
+
+    rows: tuple[int, ...] = (32, 256, 2048)
+    widths: tuple[int, ...] = (64, 256, 1024, 4096)
+    seq_lens: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
+    head_dims: tuple[int, ...] = (32, 64, 128)
+    elements: tuple[int, ...] = tuple(2**power for power in (10, 13, 15, 17, 19, 21, 23, 24))
+
+
+FULL = Grid()
+QUICK = Grid((32, 256, 2048), (64, 256, 1024), (32, 128, 256), (32,), tuple(2**power for power in (10, 14, 17, 20, 22)))
 
 
 def seconds_per_call(call: Callable[[int], Any], device: torch.device, least_s: float = 0.006, repeats: int = 4) -> float:
@@ -69,19 +82,19 @@ def _pool(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, gra
     return [torch.randn(*shape, dtype=torch.float32, device=device).to(dtype).requires_grad_(grad) for _ in range(count)]
 
 
-def bench_matmuls(dtypes: Sequence[str], device: torch.device, tick: Callable[[], None]) -> dict[str, dict[str, Any]]:
+def bench_matmuls(grid: Grid, dtypes: Sequence[str], device: torch.device, tick: Callable[[], None]) -> dict[str, dict[str, Any]]:
     """`phase/precision` -> grid of seconds, for y = x W^T and both of its gradients, m rows, n outputs, k inputs."""
     found: dict[str, dict[str, Any]] = {}
     for name in dtypes:
         seconds: dict[str, list[float]] = {"forward": [], "backward_input": [], "backward_weight": []}
-        for m in ROWS:
-            for n in WIDTHS:
-                for k in WIDTHS:
+        for m in grid.rows:
+            for n in grid.widths:
+                for k in grid.widths:
                     for phase, value in _matmul_s(m, n, k, DTYPES[name], device).items():
                         seconds[phase].append(value)
                     tick()
         for phase, values in seconds.items():
-            found[f"{phase}/{name}"] = {"m": [float(m) for m in ROWS], "n": _floats(WIDTHS), "k": _floats(WIDTHS), "seconds": values}
+            found[f"{phase}/{name}"] = {"m": _floats(grid.rows), "n": _floats(grid.widths), "k": _floats(grid.widths), "seconds": values}
     return found
 
 
@@ -100,13 +113,13 @@ def _matmul_s(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) 
     return {phase: seconds_per_call(call, device) * m / rows for phase, call in calls.items()}
 
 
-def bench_attention(dtypes: Sequence[str], device: torch.device, tick: Callable[[], None]) -> dict[str, dict[str, Any]]:
+def bench_attention(grid: Grid, dtypes: Sequence[str], device: torch.device, tick: Callable[[], None]) -> dict[str, dict[str, Any]]:
     """`phase/precision/head size` -> seconds of one head of one sequence by its length, causal, transposes included."""
     found: dict[str, dict[str, Any]] = {}
     for name in dtypes:
-        for head_dim in HEAD_DIMS:
+        for head_dim in grid.head_dims:
             forward, backward = [], []
-            for seq_len in SEQ_LENS:
+            for seq_len in grid.seq_lens:
                 batch, heads = max(512 // seq_len, 1), 8
                 q, k, v = (_pool((batch, seq_len, heads, head_dim), DTYPES[name], device, grad=True) for _ in range(3))
 
@@ -118,8 +131,8 @@ def bench_attention(dtypes: Sequence[str], device: torch.device, tick: Callable[
                 forward.append(both[0] / (batch * heads))
                 backward.append(both[1] / (batch * heads))
                 tick()
-            found[f"forward/{name}/{head_dim}"] = {"sizes": _floats(SEQ_LENS), "seconds": forward}
-            found[f"backward/{name}/{head_dim}"] = {"sizes": _floats(SEQ_LENS), "seconds": backward}
+            found[f"forward/{name}/{head_dim}"] = {"sizes": _floats(grid.seq_lens), "seconds": forward}
+            found[f"backward/{name}/{head_dim}"] = {"sizes": _floats(grid.seq_lens), "seconds": backward}
     return found
 
 
@@ -133,14 +146,14 @@ def _forward_backward_s(call: Callable[[int], Tensor], inputs: Callable[[int], l
     return forward_s, backward_s
 
 
-def bench_ops(dtypes: Sequence[str], device: torch.device, tick: Callable[[], None]) -> dict[str, dict[str, Any]]:
+def bench_ops(grid: Grid, dtypes: Sequence[str], device: torch.device, tick: Callable[[], None]) -> dict[str, dict[str, Any]]:
     """`op/phase/precision` -> seconds by bytes moved, for every memory-bound op of the trainer; also casts and gradient sums."""
     found: dict[str, dict[str, Any]] = {}
     for name in dtypes:
         numerics = Numerics(compute_bytes=DTYPES[name].itemsize, loss_kernel="chunked", fused_norm=True, fused_activation=False)
         for op, key, build in _cases():
             curves: dict[str, list[tuple[float, float]]] = {"forward": [], "backward_input": []}
-            for elements in ELEMENTS:
+            for elements in grid.elements:
                 rows = max(elements // OP_WIDTH, 4)
                 call, inputs = build(rows, DTYPES[name], device)
                 cost = op.cost(Shard(1, rows), numerics)
@@ -150,7 +163,7 @@ def bench_ops(dtypes: Sequence[str], device: torch.device, tick: Callable[[], No
                 tick()
             for phase, points in curves.items():
                 found[f"{key}/{phase}/{name}"] = {"sizes": [size for size, _ in points], "seconds": [s for _, s in points]}
-    return found | _weight_handling(dtypes, device)
+    return found | _weight_handling(grid, dtypes, device)
 
 
 def _loss_s(call: Callable[[int], Tensor], device: torch.device) -> tuple[float, float]:
@@ -220,11 +233,11 @@ def _loss_case(rows: int, dtype: torch.dtype, device: torch.device) -> Any:
     return lambda i: _chunk_loss(logits[i % len(logits)].float(), targets, 0, None, True)[1].div_(2.0).to(dtype), lambda i: []  # type: ignore[union-attr]
 
 
-def _weight_handling(dtypes: Sequence[str], device: torch.device) -> dict[str, dict[str, Any]]:
+def _weight_handling(grid: Grid, dtypes: Sequence[str], device: torch.device) -> dict[str, dict[str, Any]]:
     """Casts of weights and of their gradients, and sums of gradients over microbatches, by bytes of fp32 parameters."""
     found: dict[str, dict[str, Any]] = {}
-    sizes, calls = [4.0 * n for n in ELEMENTS], {}
-    for n in ELEMENTS:
+    sizes, calls = [4.0 * n for n in grid.elements], {}
+    for n in grid.elements:
         w, g, total = _pool((n,), torch.float32, device), _pool((n,), torch.bfloat16, device), _pool((n,), torch.float32, device)
         calls.setdefault("accumulate", []).append(lambda i, w=w, t=total: t[i % len(t)].add_(w[i % len(w)]))
         if "bf16" in dtypes:

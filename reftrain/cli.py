@@ -10,6 +10,8 @@ import typer
 
 from planner.cli import run_app
 from planner.errors import InputError, MissingPieceError
+from reftrain.cli_data import data_app, tokenizer_app
+from reftrain.cli_loop import add_commands
 
 __all__ = ["app", "main"]
 
@@ -19,12 +21,11 @@ app = typer.Typer(
 )  # fmt: skip
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 PlanFile = Annotated[str, typer.Argument(metavar="PLAN.yaml", help="A plan file, as `planner estimate --out` writes it.")]
-RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder that `reftrain run` wrote.")]
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps `run` a command even when it is the only one."""
+add_commands(app)
+app.add_typer(data_app, name="data")
+app.add_typer(tokenizer_app, name="tokenizer")
 
 
 def _changes(settings: list[str] | None, steps: int | None, data: str | None) -> dict[str, Any]:

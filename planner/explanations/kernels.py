@@ -17,6 +17,12 @@ def explain_kernel(trace: Trace, key: str, cost: OpCost, phase: str) -> Explanat
     efficiency, seq_len = trace.job.efficiency, trace.graph.seq_len
     is_flash = trace.graph.numerics.attention_kernel == "flash"
     value = getattr(efficiency, f"{phase}_s")(cost, seq_len, is_flash)
+    measured = efficiency.measured_s(cost, seq_len, is_flash, phase)  # type: ignore[arg-type]
+    if measured is not None and efficiency.curves is not None and not (phase == "backward_weight" and cost.gemm is None):
+        curves = efficiency.curves
+        source = f"curve of {curves.source} at this size, over the coefficient of stack {efficiency.stack.name}"
+        inputs = [Input("measured_s", float(value), f"{describe_op(cost)}: {source}; {curves.op_overhead_s:.1e} s of host time included")]
+        return explained(key, value, "measured_s", inputs, source=source)
     if cost.op.kind == "attention":
         formula, inputs = _attention(efficiency, cost, seq_len, is_flash, phase)
     elif cost.gemm is not None:

@@ -150,6 +150,11 @@ def _pass(trace: Trace, key: str, what: str, part: Part, cost: OpCost, left: str
     """One run of an op: `.forward`; for communication also `.forward.all_gather`."""
     if what not in _AXES:
         name, _ = look_up(key, left, _PASSES)
+        if what == "memory_bound" and cost.op.kind != "memory":
+            times = _op_times(trace, part, cost)
+            seconds = (times.forward if name == "forward" else times.backward_input).get("memory", 0.0)
+            origin = "casts of the weight, casts and sums of its gradient: curves of the stack"
+            return explained(key, float(seconds), "measured_s", [Input("measured_s", float(seconds), origin)], source=origin)
         return explain_kernel(trace, key, cost, name)
     phase, collective = look_up(key, left, ("forward", "backward"))
     transfers = [t for t in cost.transfers if t.axis == _AXES[what] and t.phase == phase]
@@ -310,7 +315,11 @@ def _optimizer(trace: Trace, key: str, path: str) -> Explanation:
     stage = int(np.argmax(moved, axis=-1))
     bandwidth = efficiency.accelerator.memory_bandwidth_bytes_per_s * efficiency.stack.memory.value
     achieved = efficiency.stack.memory
-    device = Input("bytes_per_s", bandwidth, f"{efficiency.accelerator.id} memory bandwidth times {achieved.value} ({achieved.source})")
+    origin = f"{efficiency.accelerator.id} memory bandwidth times {achieved.value} ({achieved.source})"
+    if efficiency.curves is not None:
+        bandwidth = float(np.atleast_1d(moved)[..., stage]) / trace.at("time.breakdown_s.optimizer")
+        origin = f"this many bytes over their curve, the rest of a step's work included: {efficiency.curves.source}"
+    device = Input("bytes_per_s", bandwidth, origin)
     if path:
         index, part, cost, _ = trace.locate(key, path)
         chosen = [(index, part if cost is None else replace(part, costs=(cost,)))]
