@@ -256,9 +256,10 @@ def _shard(model: Transformer, config: RunConfig, ranks: Ranks) -> None:
             experts = (
                 ranks.expert["expert_replicate", "expert_shard"] if ranks.expert["expert_replicate"].size() > 1 else ranks.expert["expert_shard"]
             )
-            fully_shard(block.mlp.experts, mesh=experts, **keep)
-            # Its gradient already sums over the tokens of all ranks that sent some.
-            block.mlp.experts.set_gradient_divide_factor(float(layout.dp * layout.cp))
+            sharded = fully_shard(block.mlp.experts, mesh=experts, **keep)
+            # Its gradient already sums over the tokens of all ranks that sent some; gloo can sum but not scale on the way.
+            sharded.set_gradient_divide_factor(float(layout.dp * layout.cp))
+            sharded.set_force_sum_reduction_for_comms(True)
         fully_shard(block, mesh=mesh, **keep)
     if not model.spec.tie_word_embeddings:  # a tied table is needed at both ends, and stays with the root
         for end in (model.embeddings, model.head):

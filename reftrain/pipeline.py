@@ -33,7 +33,10 @@ def make_pipeline(config: RunConfig, ranks: Ranks, models: list[Transformer]) ->
         raise RuntimeError("a pipeline needs more than one process")
     group = ranks.main["pp"].get_group()
     num_stages = layout.pp * layout.num_virtual_stages
-    stages = [PipelineStage(model, ranks.pp_rank + i * layout.pp, num_stages, ranks.device, group=group) for i, model in enumerate(models)]
+    stages: list[Any] = [
+        PipelineStage(model, ranks.pp_rank + i * layout.pp, num_stages, ranks.device, *_examples(config, model), group=group)
+        for i, model in enumerate(models)
+    ]
     options: dict[str, Any] = {"n_microbatches": config.num_microbatches, "loss_fn": lambda output, _target: output.sum()}
     if layout.schedule in ONE_CHUNK:
         schedule: Any = ONE_CHUNK[layout.schedule](stages[0], **options)
@@ -53,3 +56,17 @@ def make_pipeline(config: RunConfig, ranks: Ranks, models: list[Transformer]) ->
         return torch.stack([loss.detach() for loss in losses]).mean() if is_last else torch.zeros((), device=ranks.device)
 
     return run
+
+
+def _examples(config: RunConfig, model: Transformer) -> tuple[Tensor, Tensor]:
+    """Input and output of a stage, without memory.
+
+    torch would otherwise find their shapes by a pass over made-up data, which costs time and which a mixture's router would count.
+    """
+    layout = config.layout
+    batch, seq_len = layout.micro_batch_size, config.seq_len // layout.cp
+    tokens = torch.empty(batch, seq_len, dtype=torch.int64, device="meta")
+    width = seq_len // (layout.tp if layout.sequence_parallel else 1)
+    hidden = torch.empty(batch, width, config.model.hidden_size, dtype=config.compute_dtype, device="meta", requires_grad=True)
+    loss = torch.empty(1, device="meta", requires_grad=True)
+    return hidden if model.embeddings is None else tokens, hidden if model.head is None else loss
