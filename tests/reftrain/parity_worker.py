@@ -132,19 +132,35 @@ def alone(case: Case) -> Curve:
     return _alone(json.dumps(asdict(case.alone)))
 
 
-def together(cases: Sequence[Case], timeout_s: float = 600) -> list[Curve | str]:
-    """Each case's curve (or the traceback of what went wrong), from one torchrun job; all take the same number of processes."""
+def together(cases: Sequence[Case], timeout_s: float = 300) -> list[Curve | str]:
+    """Each case's curve, or what went wrong; all take the same number of processes and share one torchrun job while nothing does."""
+    found: list[Curve | str] = []
+    while len(found) < len(cases):
+        curves, error = _job(cases[len(found) :], timeout_s)
+        found += curves
+        if len(found) < len(cases):
+            found.append(error)
+    return found
+
+
+def _job(cases: Sequence[Case], timeout_s: float) -> tuple[list[Curve], str]:
+    """(curves of the first cases, what ended the job)."""
     (count,) = {case.num_processes for case in cases}
     with tempfile.TemporaryDirectory() as folder:
         plan, out = Path(folder, "cases.json"), Path(folder, "curves.jsonl")
         plan.write_text(json.dumps([asdict(case) for case in cases]))
+        out.touch()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "tests.reftrain.parity_worker"]
-        done = subprocess.run(
-            [*command, str(plan), str(out)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout_s,
-            check=False,
-        )  # fmt: skip
-        found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    return found + [f"no result: {done.stderr[-3000:]}"] * (len(cases) - len(found))
+        with subprocess.Popen(
+            [*command, str(plan), str(out)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            text=True,
+        ) as job:  # fmt: skip
+            try:
+                error = job.communicate(timeout=timeout_s)[1]
+            except subprocess.TimeoutExpired:
+                job.terminate()  # torchrun passes it on to its workers
+                error = f"took more than {timeout_s} s"
+        return [json.loads(line) for line in out.read_text().splitlines()], error[:4000]
 
 
 def furthest(curve: Curve, reference: Curve) -> float:
@@ -157,16 +173,15 @@ def main(plan: str, out: str) -> None:
     """One rank of the job that `together` starts."""
     dist.init_process_group("gloo")
     for values in json.loads(Path(plan).read_text()):
-        case, error = Case(**values), ""
+        case = Case(**values)
         try:
             curve = run(case, make_ranks(case.config().layout, torch.device("cpu"), dist.get_rank()))
-        except Exception:
-            error = traceback.format_exc()
-        errors: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
+        except Exception:  # the other ranks wait for this one: end them all
+            sys.stderr.write(traceback.format_exc())
+            os._exit(1)
         if dist.get_rank() == 0:
             with open(out, "a") as file:
-                file.write(json.dumps(next(filter(None, errors), None) or curve) + "\n")
+                file.write(json.dumps(curve) + "\n")
     dist.destroy_process_group()
 
 
