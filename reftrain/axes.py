@@ -20,6 +20,9 @@ from torch.distributed.tensor import DTensor
 __all__ = ["SINGLE", "Axes", "gather_sequence", "local"]
 
 SEQUENCE_DIM = 1
+# torch 2.13 renamed them, and warns at the old names
+all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+reduce_scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
 
 
 class _SumBackward(torch.autograd.Function):
@@ -66,11 +69,11 @@ class _Scatter(torch.autograd.Function):
 
 
 def _all_gather(x: Tensor, group: Any) -> Tensor:
-    return collectives.all_gather_tensor(x.contiguous(), SEQUENCE_DIM, group)
+    return all_gather(x.contiguous(), SEQUENCE_DIM, group)
 
 
 def _reduce_scatter(x: Tensor, group: Any) -> Tensor:
-    return collectives.reduce_scatter_tensor(x.contiguous(), "sum", SEQUENCE_DIM, group)
+    return reduce_scatter(x.contiguous(), "sum", SEQUENCE_DIM, group)
 
 
 def gather_sequence(x: Tensor, group: Any) -> Tensor:

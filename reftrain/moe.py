@@ -42,7 +42,7 @@ class Router(nn.Module):
         weights = scores.gather(-1, chosen)
         if self.details.router_normalizes:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        if self.training:
+        if self.training and torch._C._current_graph_task_id() == -1:  # once: not again where a backward pass recomputes
             self.load += torch.bincount(chosen.flatten(), minlength=self.load.numel())
         return (weights * self.details.router_scale).to(x.dtype), chosen
 

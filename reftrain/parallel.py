@@ -257,9 +257,10 @@ def _shard(model: Transformer, config: RunConfig, ranks: Ranks) -> None:
                 ranks.expert["expert_replicate", "expert_shard"] if ranks.expert["expert_replicate"].size() > 1 else ranks.expert["expert_shard"]
             )
             sharded = fully_shard(block.mlp.experts, mesh=experts, **keep)
-            # Its gradient already sums over the tokens of all ranks that sent some; gloo can sum but not scale on the way.
+            # Its gradient already sums over the tokens of all ranks that sent some. Gloo can sum but not scale on the way; over
+            # one shard torch scales by itself, and would once more if told to sum.
             sharded.set_gradient_divide_factor(float(layout.dp * layout.cp))
-            sharded.set_force_sum_reduction_for_comms(True)
+            sharded.set_force_sum_reduction_for_comms(ranks.expert["expert_shard"].size() > 1)
         fully_shard(block, mesh=mesh, **keep)
     if not model.spec.tie_word_embeddings:  # a tied table is needed at both ends, and stays with the root
         for end in (model.embeddings, model.head):
