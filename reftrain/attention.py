@@ -162,15 +162,13 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """Attention of x to itself, before the residual is added."""
-        if self.has_low_rank_queries:
-            q = self.q_up(self.axes.enter(self.q_norm(self.q_down(x))))
-        else:
-            q = self.q(self.axes.enter(x))
+        enter = self.axes.enter
+        q = self.q_up(enter(self.q_norm(self.q_down(x)))) if self.has_low_rank_queries else self.q(enter(x))
         q = q.unflatten(-1, (-1, self.nope + self.rope))
         latent, shared_key = self.kv_down(x).split([self.latent, self.rope], dim=-1)
-        expanded = self.kv_up(self.axes.enter(self.kv_norm(latent.contiguous()))).unflatten(-1, (-1, self.nope + self.value))
+        expanded = self.kv_up(enter(self.kv_norm(latent.contiguous()))).unflatten(-1, (-1, self.nope + self.value))
         key, value = expanded.split([self.nope, self.value], dim=-1)
-        turned_key = positions.rotate(self.axes.enter(shared_key).unsqueeze(2)).expand(-1, -1, q.shape[2], -1)
+        turned_key = positions.rotate(enter(shared_key).unsqueeze(2)).expand(-1, -1, q.shape[2], -1)
         q = torch.cat([q[..., : self.nope], positions.rotate(q[..., self.nope :])], dim=-1)
         k = torch.cat([key, turned_key], dim=-1)
         return self.out(self.core(q, k, value, positions))  # type: ignore[no-any-return]

@@ -39,7 +39,8 @@ class _SumBackward(torch.autograd.Function):
 class _SumForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        return collectives.all_reduce(x.contiguous(), "sum", group)
+        summed: Tensor = collectives.all_reduce(x.contiguous(), "sum", group)
+        return summed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -69,11 +70,13 @@ class _Scatter(torch.autograd.Function):
 
 
 def _all_gather(x: Tensor, group: Any) -> Tensor:
-    return all_gather(x.contiguous(), SEQUENCE_DIM, group)
+    gathered: Tensor = all_gather(x.contiguous(), SEQUENCE_DIM, group)
+    return gathered
 
 
 def _reduce_scatter(x: Tensor, group: Any) -> Tensor:
-    return reduce_scatter(x.contiguous(), "sum", SEQUENCE_DIM, group)
+    scattered: Tensor = reduce_scatter(x.contiguous(), "sum", SEQUENCE_DIM, group)
+    return scattered
 
 
 def gather_sequence(x: Tensor, group: Any) -> Tensor:
@@ -140,7 +143,7 @@ class Axes:
     def split_whole(self, parameter: Tensor) -> Tensor:
         """A parameter that every tp rank holds in full, used inside a split region on its own heads: gradients are summed."""
         held = local(parameter)
-        return held if self.tp_mesh is None else _SumBackward.apply(held, self.tp_group)  # type: ignore[no-any-return, no-untyped-call]
+        return held if self.tp_mesh is None else _SumBackward.apply(held, self.tp_group)  # type: ignore[no-untyped-call]
 
 
 SINGLE = Axes()

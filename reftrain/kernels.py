@@ -26,7 +26,8 @@ class _RmsNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = length.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (rows * inverse.to(x.dtype)).mul_(weight).view_as(x)
+        normed: Tensor = (rows * inverse.to(x.dtype)).mul_(weight)
+        return normed.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -60,7 +61,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(grads[0], *ctx.saved_tensors, 1.0), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, sin, 1.0), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:

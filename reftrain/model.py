@@ -111,9 +111,9 @@ class Block(nn.Module):
         normed = self.attention_norm(x)
         if self.is_parallel:
             other = normed if self.mlp_norm is None else self.mlp_norm(x)
-            return x + self._drop(self.attention(normed, positions) + self.mlp(other))  # type: ignore[no-any-return]
+            return x + self._drop(self.attention(normed, positions) + self.mlp(other))
         x = x + self._drop(self.attention(normed, positions))
-        return x + self._drop(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return, misc]
+        return x + self._drop(self.mlp(self.mlp_norm(x)))  # type: ignore[misc]
 
 
 class Head(nn.Module):
@@ -207,17 +207,18 @@ class Transformer(nn.Module):
         """Shapes: [B, S] -> [B, S, V]."""
         if self.head is None:
             raise RuntimeError("only the last stage has logits")
-        return self.head.logits(self.hidden(tokens), self._tied_table())  # type: ignore[no-any-return]
+        return self.head.logits(self.hidden(tokens), self._tied_table())
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """See the class."""
         x = self.hidden(x)
         if self.head is None or targets is None:
             return x
-        return torch.stack((self.head(x, targets, self._tied_table()),))  # type: ignore[no-any-return]
+        return torch.stack((self.head(x, targets, self._tied_table()),))
 
     def set_axes(self, axes: Axes) -> None:
         """Tells every layer with whom it shares its work."""
+        module: Any
         for module in self.modules():
             if hasattr(type(module), "axes"):
                 module.axes = axes

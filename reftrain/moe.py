@@ -74,7 +74,7 @@ class Experts(nn.Module):
         up, down = local(self.up).to(x.dtype), local(self.down).to(x.dtype)
         gate = None if self.gate is None else local(self.gate).to(x.dtype)
         out = []
-        for i, rows in enumerate(x.split(counts)):
+        for i, rows in enumerate(torch.split(x, counts)):
             inner = functional.linear(rows, up[i])
             inner = (
                 activate(inner, self.kind, self.is_tanh_gelu)
@@ -110,18 +110,20 @@ class Mixture(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         source = order // chosen.shape[1]
         counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
-        through = self._exchange(tokens[source], counts) if self.axes.ep_group is not None else self.experts(tokens[source], counts.tolist())
+        through = self._exchange(tokens[source], counts) if self.axes.ep_mesh is not None else self.experts(tokens[source], counts.tolist())
         out = torch.zeros_like(tokens).index_add(0, source, through * weights.flatten()[order].unsqueeze(-1)).view_as(inside)
         if self.axes.ep_mesh is None:
             out = self.axes.leave(out)
         if self.shared is None:
             return out
         shared = self.shared(x)
-        return out + (shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid())
+        return out.add(shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid())
 
     def _exchange(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Rows sorted by expert go to the ranks that hold their experts, and come back in the same order."""
-        group, ep = self.axes.ep_group, self.axes.ep_mesh.size()  # type: ignore[union-attr]
+        if self.axes.ep_mesh is None:
+            raise RuntimeError("experts are not split")
+        group, ep = self.axes.ep_mesh.get_group(), self.axes.ep_mesh.size()
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=group)
         sent, received = counts.view(ep, -1), arriving.view(ep, -1)
@@ -132,4 +134,4 @@ class Mixture(nn.Module):
         order = expert.argsort(stable=True)
         done = self.experts(there[order], received.sum(0).tolist())
         back = torch.empty_like(done).index_copy(0, order, done)
-        return all_to_all_single_autograd(back, to_send, to_receive, group)  # type: ignore[no-any-return]
+        return all_to_all_single_autograd(back, to_send, to_receive, group)

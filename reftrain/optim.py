@@ -71,8 +71,8 @@ def make_optimizers(parts: Sequence[nn.Module], config: RunConfig) -> list[torch
             inner = [(n, p) for n, p in part if p.ndim == 2 and "blocks." in n]
             rest = [(n, p) for n, p in part if not (p.ndim == 2 and "blocks." in n)]
             if inner:
-                found.append(torch.optim.Muon([p for _, p in inner], lr=training.learning_rate, weight_decay=training.weight_decay, momentum=training.momentum,
-                                              adjust_lr_fn="match_rms_adamw"))  # fmt: skip
+                options = {"lr": training.learning_rate, "weight_decay": training.weight_decay, "momentum": training.momentum}
+                found.append(torch.optim.Muon([p for _, p in inner], **options, adjust_lr_fn="match_rms_adamw"))
             part = rest
         groups = _groups(part, training.weight_decay)
         if name in ("adamw", "muon"):

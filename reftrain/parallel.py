@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from planner.errors import InputError, Problem
+from planner.errors import InputError
 from planner.layout import Layout, chunk_sizes
 from planner.model_spec import ModelSpec
 from reftrain.axes import SINGLE, Axes
@@ -26,6 +27,7 @@ from reftrain.config import RunConfig
 from reftrain.layers import LayerNorm, Linear, RmsNorm
 from reftrain.model import Transformer, initialize
 from reftrain.moe import Experts, Mixture
+from reftrain.runnable import check_runnable, expert_shards
 
 __all__ = ["Ranks", "build_model_parts", "check_runnable", "end_distributed", "start_ranks"]
 
@@ -83,39 +85,6 @@ class Ranks:
         return self.layout.dp_replicate > 1 and self.layout.zero_stage == 0 and set(one) == {1}
 
 
-def check_runnable(config: RunConfig, device: torch.device) -> None:
-    """Refuses a layout that this trainer, device or backend cannot run, with the reason, before anything starts.
-
-    Raises:
-        InputError: one Problem per obstacle.
-    """
-    layout, model, workload = config.layout, config.model, config.workload
-    stage = layout.dp * layout.cp * layout.tp
-    expert_shard = max(layout.dp_shard * layout.cp * layout.tp // layout.ep, 1)
-    checks = (
-        (layout.schedule == "dualpipe" and layout.pp > 1, "layout.schedule", "dualpipe", "torch has no DualPipe schedule", "use zb_h1 or 1f1b"),
-        (layout.tp > 1 and model.num_key_value_heads % layout.tp != 0, "layout.tp", layout.tp,
-         f"reftrain does not copy key-value heads: tp must divide num_key_value_heads = {model.num_key_value_heads}", "use a smaller tp"),
-        (layout.tp > 1 and model.vocab_size % layout.tp != 0, "layout.tp", layout.tp, f"must divide vocab_size = {model.vocab_size}", "pad vocab_size, or use another tp"),
-        (layout.tp > 1 and model.qk_norm == "full", "layout.tp", layout.tp, "a norm over all heads cannot be split over heads", "use tp: 1"),
-        (layout.cp > 1 and not model.is_causal, "layout.cp", layout.cp, "an encoder's masked tokens are not even over slices", "use cp: 1"),
-        (layout.ep > 1 and stage % (layout.ep * expert_shard) != 0, "layout.ep", layout.ep,
-         f"ep times {expert_shard} expert shards must divide the {stage} ranks of a stage", "use an ep that divides dp_shard * cp * tp"),
-        (layout.pp > 1 and layout.schedule in ("gpipe", "1f1b", "zb_h1") and layout.num_virtual_stages > 1, "layout.num_virtual_stages",
-         layout.num_virtual_stages, f"{layout.schedule} runs one chunk per rank", "use interleaved_1f1b"),
-        (layout.pp > 1 and config.num_microbatches < layout.pp and layout.schedule != "gpipe", "workload.global_batch_size", config.global_batch_size,
-         f"{layout.schedule} needs at least pp = {layout.pp} microbatches, and there are {config.num_microbatches}", "raise it, or use gpipe"),
-        (layout.pp * layout.num_virtual_stages > model.num_layers, "layout.pp", layout.pp, f"each of the pp * num_virtual_stages chunks needs one of the {model.num_layers} layers", "use fewer"),
-        (model.hidden_dropout > 0 and layout.tp > 1, "layout.tp", layout.tp, "dropout would differ between tp ranks", "set the model's dropout to 0, or tp: 1"),
-        (workload.precision == "fp16" and layout.pp > 1, "workload.precision", "fp16", "a scaled loss does not go through torch's schedules", "use bf16"),
-        (workload.precision == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)), "workload.precision", "fp8",
-         "needs a GPU with fp8 matmuls (compute capability 8.9)", "use bf16"),
-    )  # fmt: skip
-    problems = [Problem(key, value, rule, fix) for is_obstacle, key, value, rule, fix in checks if is_obstacle]
-    if problems:
-        raise InputError(*problems)
-
-
 def start_ranks(layout: Layout, device: torch.device | None = None) -> Ranks:
     """Joins the processes that torchrun started, and builds the layout's meshes.
 
@@ -151,7 +120,7 @@ def make_ranks(layout: Layout, device: torch.device, rank: int) -> Ranks:
     expert = None
     if layout.ep > 1:
         stage = dp_cp * layout.tp
-        expert_shard = max(layout.dp_shard * layout.cp * layout.tp // layout.ep, 1) if layout.zero_stage else 1
+        expert_shard = expert_shards(layout) if layout.zero_stage else 1
         shape = (layout.pp, stage // (layout.ep * expert_shard), expert_shard, layout.ep)
         expert = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "expert_replicate", "expert_shard", "ep"))
     axes = Axes(main["tp"] if layout.tp > 1 else None, layout.sequence_parallel, cp_mesh, None if expert is None else expert["ep"])
@@ -168,7 +137,7 @@ def _make_tied_group(layout: Layout, rank: int) -> dist.ProcessGroup | None:
         ends = [place, place + (layout.pp - 1) * stage]
         group = dist.new_group(ends)
         mine = group if rank in ends else mine
-    return mine  # type: ignore[return-value]
+    return mine
 
 
 def end_distributed() -> None:
@@ -182,7 +151,8 @@ def build_model_parts(config: RunConfig, ranks: Ranks) -> list[nn.Module]:
 
     Built without memory on the meta device, so that a rank never holds more than its share and one whole parameter.
     """
-    layout, parts = config.layout, []
+    layout = config.layout
+    parts: list[nn.Module] = []
     num_chunks = layout.pp * layout.num_virtual_stages
     sizes = chunk_sizes(config.model.num_layers, num_chunks)
     for chunk in range(ranks.pp_rank, num_chunks, layout.pp):
@@ -250,22 +220,22 @@ def _shard(model: Transformer, config: RunConfig, ranks: Ranks) -> None:
     mesh = ranks.main["replicate", "shard"] if ranks.main["replicate"].size() > 1 else ranks.main["shard"]
     is_mixed = config.compute_dtype != torch.float32
     policy = MixedPrecisionPolicy(config.compute_dtype, torch.float32, cast_forward_inputs=False) if is_mixed else MixedPrecisionPolicy()
-    keep = {"mp_policy": policy, "reshard_after_forward": layout.zero_stage == 3}
+    keep = partial(fully_shard, mp_policy=policy, reshard_after_forward=layout.zero_stage == 3)
     for block in model.blocks.values():
         if ranks.expert is not None and isinstance(block.mlp, Mixture):
             experts = (
                 ranks.expert["expert_replicate", "expert_shard"] if ranks.expert["expert_replicate"].size() > 1 else ranks.expert["expert_shard"]
             )
-            sharded = fully_shard(block.mlp.experts, mesh=experts, **keep)
+            sharded = keep(block.mlp.experts, mesh=experts)
             # Its gradient already sums over the tokens of all ranks that sent some. Gloo can sum but not scale on the way; over
             # one shard torch scales by itself, and would once more if told to sum.
             sharded.set_gradient_divide_factor(float(layout.dp * layout.cp))
             sharded.set_force_sum_reduction_for_comms(ranks.expert["expert_shard"].size() > 1)
-        fully_shard(block, mesh=mesh, **keep)
+        keep(block, mesh=mesh)
     if not model.spec.tie_word_embeddings:  # a tied table is needed at both ends, and stays with the root
         for end in (model.embeddings, model.head):
             if end is not None:
-                fully_shard(end, mesh=mesh, **keep)
+                keep(end, mesh=mesh)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 

@@ -157,8 +157,8 @@ class Engine:
         for part, own in self._owned():
             weights, states = get_state_dict(part, own, options=StateDictOptions(flatten_optimizer_state_dict=True))
             # A tied table that a pipeline parted has one name in both places, and is saved once.
-            model |= {name.replace(OWN_TIED, SHARED_TIED): value for name, value in weights.items()}
-            optimizer |= {name.replace(OWN_TIED, SHARED_TIED): value for name, value in states.items()}
+            model |= _renamed(weights, OWN_TIED, SHARED_TIED)
+            optimizer |= _renamed(states, OWN_TIED, SHARED_TIED)
         return {"model": model, "optimizer": optimizer}
 
     def _start_optimizers(self) -> None:
@@ -185,10 +185,12 @@ class Engine:
         """Puts back what `state` gave, filled in place by a checkpoint."""
         for part, own in self._owned():
             has_copy = unwrap(part).tied is not None
-            mine = {
-                kind: {name.replace(SHARED_TIED, OWN_TIED) if has_copy else name: value for name, value in values.items()} for kind, values in state.items()
-            }
+            mine = {kind: _renamed(values, SHARED_TIED, OWN_TIED) if has_copy else values for kind, values in state.items()}
             set_state_dict(
                 part, own, model_state_dict=mine["model"], optim_state_dict=mine["optimizer"],
                 options=StateDictOptions(flatten_optimizer_state_dict=True, strict=False),
             )  # fmt: skip
+
+
+def _renamed(values: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {name.replace(old, new): value for name, value in values.items()}

@@ -38,8 +38,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "gqa": {"model_type": "llama", **SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     "windowed": {"model_type": "mistral", **SIZES, "sliding_window": 10},
     "qk_norm": {"model_type": "qwen3", **SIZES, "num_key_value_heads": 2, "head_dim": 8},
-    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 64, "n_positions": 64, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
-             "embd_pdrop": 0.0, "initializer_range": 0.1},
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 64, "n_positions": 64, 
+             "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "initializer_range": 0.1},
     "bert": {"model_type": "bert", **SIZES, "type_vocab_size": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "neox": {"model_type": "gpt_neox", **SIZES},
     "mixtral": {"model_type": "mixtral", **SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -89,7 +89,8 @@ class Case:
     def config(self) -> RunConfig:
         """As a plan file would give it."""
         request = {
-            "schema_version": 1, "model": MODELS[self.model], "workload": {"seq_len": 32, "global_batch_size": 8, "precision": "fp32", **self.workload},
+            "schema_version": 1, "model": MODELS[self.model],
+            "workload": {"seq_len": 32, "global_batch_size": 8, "precision": "fp32", **self.workload},
             "cluster": {"accelerator": "cpu-local", "num_devices": self.num_processes},
             "layout": {"micro_batch_size": 1, **self.layout},
             "training": {"num_steps": 20, "warmup_steps": 4, "learning_rate": 3e-3, **self.training},
@@ -150,7 +151,16 @@ def _job(cases: Sequence[Case], timeout_s: float) -> tuple[list[Curve], str]:
         plan, out = Path(folder, "cases.json"), Path(folder, "curves.jsonl")
         plan.write_text(json.dumps([asdict(case) for case in cases]))
         out.touch()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m", "tests.reftrain.parity_worker"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(count),
+            "-m",
+            "tests.reftrain.parity_worker",
+        ]
         with subprocess.Popen(
             [*command, str(plan), str(out)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
             text=True,
