@@ -71,8 +71,9 @@ def make_optimizers(parts: Sequence[nn.Module], config: RunConfig) -> list[torch
             inner = [(n, p) for n, p in part if p.ndim == 2 and "blocks." in n]
             rest = [(n, p) for n, p in part if not (p.ndim == 2 and "blocks." in n)]
             if inner:
-                options = {"lr": training.learning_rate, "weight_decay": training.weight_decay, "momentum": training.momentum}
-                found.append(torch.optim.Muon([p for _, p in inner], **options, adjust_lr_fn="match_rms_adamw"))
+                rate, decay, momentum = training.learning_rate, training.weight_decay, training.momentum
+                matrices = [p for _, p in inner]
+                found.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
             part = rest
         groups = _groups(part, training.weight_decay)
         if name in ("adamw", "muon"):
@@ -81,8 +82,8 @@ def make_optimizers(parts: Sequence[nn.Module], config: RunConfig) -> list[torch
         elif name == "adafactor":
             found.append(torch.optim.Adafactor(groups, lr=training.learning_rate))
         else:
-            momentum = training.momentum if name == "sgd_momentum" else 0.0
-            found.append(torch.optim.SGD(groups, lr=training.learning_rate, momentum=momentum, foreach=True))
+            sgd_momentum = training.momentum if name == "sgd_momentum" else 0.0
+            found.append(torch.optim.SGD(groups, lr=training.learning_rate, momentum=sgd_momentum, foreach=True))
     return found
 
 

@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gqa": {"model_type": "llama", **SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     "windowed": {"model_type": "mistral", **SIZES, "sliding_window": 10},
     "qk_norm": {"model_type": "qwen3", **SIZES, "num_key_value_heads": 2, "head_dim": 8},
-    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 64, "n_positions": 64, 
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 64, "n_positions": 64,
              "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "initializer_range": 0.1},
     "bert": {"model_type": "bert", **SIZES, "type_vocab_size": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "neox": {"model_type": "gpt_neox", **SIZES},
