@@ -18,12 +18,17 @@ IGNORED = -100
 """A target that takes no part in the loss, as in torch."""
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The format to sum in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        # In a matrix product of one column the squares are summed in one pass, without a temporary.
-        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+        # The length is summed in one pass, without a temporary of squares.
+        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=_wide(x.dtype))
         inverse = length.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         normed: Tensor = (rows * inverse.to(x.dtype)).mul_(weight)
@@ -91,22 +96,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, num_chunks: int, group: Any, wants_grad: bool
     ) -> Tensor:
         num_targets = (targets != IGNORED).sum().clamp_(min=1)
-        total = hidden.new_zeros((), dtype=torch.float32)
+        wide = _wide(hidden.dtype)
+        total = hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_grad and bias is not None else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if wants_grad and bias is not None else None
         first_class = weight.shape[0] * dist.get_rank(group) if group is not None else 0
         rows = -(-hidden.shape[0] // num_chunks)
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows]
-            logits = torch.nn.functional.linear(part, weight, bias).float()
+            logits = torch.nn.functional.linear(part, weight, bias).to(wide)
             loss, grad = _chunk_loss(logits, targets[start : start + rows], first_class, group, wants_grad)
             total += loss
             if grad is None or grad_hidden is None or grad_weight is None:
                 continue
             grad = grad.div_(num_targets).to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[start : start + rows])
-            if grad.dtype == torch.float32:
+            if grad.dtype == wide:
                 torch.addmm(grad_weight, grad.t(), part, out=grad_weight)
             else:
                 grad_weight += grad.t() @ part
@@ -122,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # A zero-bubble pipeline comes here twice, for the input's gradient and for the weight's: scaled once, both find it done.
         held = [grad for grad in ctx.grads if grad is not None]
         if not ctx.is_scaled:
-            torch._foreach_mul_(held, grads[0].float())
+            torch._foreach_mul_(held, grads[0])
             ctx.is_scaled = True
         cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True))
         return (*cast, None, None, None, None)
