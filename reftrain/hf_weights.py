@@ -131,7 +131,7 @@ def load_weights(model: Transformer, folder: str | Path) -> None:
             weights |= load_file(file)
         except Exception as error:  # safetensors' own error types are not public
             reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            raise InputError.single("init_from", str(file), f"must be a safetensors file ({reason})", "copy the file again") from None
+            raise InputError.single("init_from", file.name, f"must be a safetensors file ({reason})", "copy the file again", str(file)) from None
     model.load_state_dict(from_hf(weights, model), strict=False)
 
 
@@ -140,11 +140,15 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         from planner.files import read_json
 
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        return [folder / Path(str(name)).name for name in names]
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+            rule = "must map tensors to files under `weight_map`"
+            raise InputError.single("init_from", index.name, rule, "copy the file again", str(index))
+        return [folder / Path(name).name for name in sorted(set(weight_map.values()))]
     file = folder / "model.safetensors"
     if not file.is_file():
-        raise InputError.single("init_from", str(folder), "must hold model.safetensors", "give a folder with HF-layout weights")
+        raise InputError.single("init_from", folder.name, "must hold model.safetensors", "give a folder with HF-layout weights", str(folder))
     return [file]
 
 
