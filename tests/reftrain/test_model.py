@@ -308,6 +308,7 @@ REFUSED = [
     (Case("llama", {"pp": 2}, {"precision": "fp16"}), "workload.precision"),
     (Case("llama", {}, {"precision": "fp8"}), "workload.precision"),
     (Case("llama", {}, {"precision": "tf32"}), "workload.precision"),
+    (Case("llama", {"tp": 2}, {}, {"compile": True}), "training.compile"),
     (Case("llama", {"tp": 2}, {"optimizer": "muon"}), "workload.optimizer"),
     (Case("llama", {"dp_shard": 2, "zero_stage": 3}, {"optimizer": "adafactor"}), "workload.optimizer"),
 ]

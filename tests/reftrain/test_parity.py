@@ -129,6 +129,12 @@ def test_every_optimizer() -> None:
     check(whole, 1e-4, 1e-3)  # Muon's Newton-Schulz iteration in bf16 enlarges the last bits
 
 
+@pytest.mark.slow
+def test_compiled_blocks_change_nothing() -> None:
+    plain, compiled = (alone(Case("llama", training={"compile": on}, num_steps=4)) for on in (False, True))
+    assert furthest(compiled, plain) < FP32_TOLERANCE
+
+
 def stored(folder: Path, case: Case) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, by name."""
     engine = Engine(case.alone.config(), Ranks(case.alone.config().layout, torch.device("cpu")))
