@@ -33,14 +33,13 @@ class _SumBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return collectives.all_reduce(grads[0].contiguous(), "sum", ctx.group), None
+        return _all_reduce(grads[0], ctx.group), None
 
 
 class _SumForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        summed: Tensor = collectives.all_reduce(x.contiguous(), "sum", group)
-        return summed
+        return _all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -69,14 +68,21 @@ class _Scatter(torch.autograd.Function):
         return _all_gather(grads[0], ctx.group), None
 
 
+def _done(result: Tensor) -> Tensor:
+    """The collective's result itself, not torch's promise of it: it is needed at once, and a promise slows every op down."""
+    return result.wait() if isinstance(result, collectives.AsyncCollectiveTensor) else result
+
+
+def _all_reduce(x: Tensor, group: Any) -> Tensor:
+    return _done(collectives.all_reduce(x.contiguous(), "sum", group))
+
+
 def _all_gather(x: Tensor, group: Any) -> Tensor:
-    gathered: Tensor = all_gather(x.contiguous(), SEQUENCE_DIM, group)
-    return gathered
+    return _done(all_gather(x.contiguous(), SEQUENCE_DIM, group))
 
 
 def _reduce_scatter(x: Tensor, group: Any) -> Tensor:
-    scattered: Tensor = reduce_scatter(x.contiguous(), "sum", SEQUENCE_DIM, group)
-    return scattered
+    return _done(reduce_scatter(x.contiguous(), "sum", SEQUENCE_DIM, group))
 
 
 def gather_sequence(x: Tensor, group: Any) -> Tensor:
