@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,16 +99,13 @@ def open_batches(config: RunConfig, ranks: Ranks, data: str) -> Batches:
         source = SyntheticDataset(config.model.vocab_size, config.training.seed)
         return Batches(config, ranks, source, None)
     train = TokenDataset.open(f"{data}/train")
-    if train.vocab_size > config.model.vocab_size:
-        raise InputError.single(
-            "training.data", data, f"has {train.vocab_size} distinct tokens, and the model's vocab_size is {config.model.vocab_size}",
-            f"prepare it with --vocab-size {config.model.vocab_size}, or use a model with at least {train.vocab_size}",
-        )  # fmt: skip
-    if train.num_sequences(config.seq_len) < 1:
-        rule = f"{data} holds {train.num_tokens} tokens, less than one sample"
-        raise InputError.single("workload.seq_len", config.seq_len, rule, "use a shorter seq_len")
-    try:
-        valid: TokenDataset | None = TokenDataset.open(f"{data}/valid")
-    except InputError:
-        valid = None
-    return Batches(config, ranks, train, valid)
+    held_out = TokenDataset.open(f"{data}/valid") if Path(data, "valid").exists() else None
+    for part in (train, held_out):
+        if part is not None and part.vocab_size > config.model.vocab_size:
+            raise InputError.single(
+                "training.data", str(part.folder), f"has {part.vocab_size} distinct tokens, and the model's vocab_size is {config.model.vocab_size}",
+                f"prepare it with --vocab-size {config.model.vocab_size}, or use a model with at least {part.vocab_size}",
+            )  # fmt: skip
+    train.num_sequences(config.seq_len)  # refuses a text shorter than one sample
+    is_too_short = held_out is None or held_out.num_tokens <= config.seq_len
+    return Batches(config, ranks, train, None if is_too_short else held_out)
