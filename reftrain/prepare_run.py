@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -72,9 +73,10 @@ def prepare_data(config: RunConfig, out: Path) -> str:
         return data
     folder = out / "data"
     if not (folder / "train" / "index.json").is_file():
-        from reftrain.text.prepare import prepare_corpus
+        from reftrain.text.prepare import PrepareOptions, prepare
 
-        prepare_corpus(folder, vocab_size=min(config.model.vocab_size, LARGEST_VOCAB))
+        sys.stderr.write("preparing the shipped corpus, once for this run\n")
+        prepare(PrepareOptions(folder, vocab_size=min(config.model.vocab_size, LARGEST_VOCAB)))
     return str(folder)
 
 
