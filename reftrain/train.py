@@ -128,14 +128,17 @@ class Trainer:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """However the body ends, a save in the background ends first: its messages need the process group."""
+        """However the body ends, a save in the background ends first: its messages need the process group. The log is closed."""
         try:
             yield
+            self.store.wait()
         except BaseException:
             with suppress(Exception):  # the body's own error is the one to report
                 self.store.wait()
             raise
-        self.store.wait()
+        finally:
+            if self.log is not None:
+                self.log.close()
 
     def _agree_to_stop(self) -> bool:
         """Whether any rank was told to stop."""
