@@ -30,7 +30,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
 
 # Every console block of README.md, in a clean copy.
 readme: $(VENV)/.core

@@ -20,7 +20,19 @@ import yaml
 
 from planner.errors import InputError
 
-__all__ = ["DATA_DIR", "HOME_VARIABLE", "parse_json", "parse_yaml", "read_json", "read_text", "read_yaml", "to_json", "to_yaml", "user_dir", "write_text"]
+__all__ = [
+    "DATA_DIR",
+    "HOME_VARIABLE",
+    "parse_json",
+    "parse_yaml",
+    "read_json",
+    "read_text",
+    "read_yaml",
+    "to_json",
+    "to_yaml",
+    "user_dir",
+    "write_text",
+]
 
 _PACKAGED_DATA = Path(__file__).resolve().parent / "data"
 DATA_DIR = _PACKAGED_DATA if _PACKAGED_DATA.is_dir() else _PACKAGED_DATA.parent.parent / "data"

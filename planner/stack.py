@@ -32,7 +32,7 @@ class Spread(Spec):
     """The 80% interval of a prediction, as factors: 10th and 90th percentile of measured over predicted, at least around 1."""
 
     low: float = Field(gt=0, le=1)
-    high: float = Field(ge=1, le=10)
+    high: float = Field(ge=1, le=1000)
     evidence: Evidence
     source: str = Field(min_length=4)
 
