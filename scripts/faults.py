@@ -28,7 +28,7 @@ MODELS = {
     "blocking saves": {"async_checkpoints": False, "every": 2}, "rollback": {"steps": 60},
 }  # fmt: skip
 POISON = {"rollback": {"poison": ("nan", 8 * 24, 8 * 29)}}
-COLUMNS = ("landed", "survived", "mid-accumulation", "while saving", "rounds", "slowest in ms")
+COLUMNS = ("landed", "survived", "mid-accumulation", "while saving", "resumed past step 0", "rounds", "slowest in ms")
 
 
 def shares(count: int, number: int) -> list[int]:
@@ -45,10 +45,10 @@ def main() -> None:
     options = parser.parse_args()
     numbers, folder = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="faults-"))
     print(f"seed {options.seed}, runs in {folder}")
-    print(f"{'fault':<44}" + "".join(f"{name:>18}" for name in COLUMNS) + f"{'seconds':>10}", flush=True)
+    print(f"{'fault':<44}" + "".join(f"{name:>20}" for name in COLUMNS) + f"{'seconds':>10}", flush=True)
 
     def show(name: str, counts: collections.Counter[str], began: float) -> None:
-        print(f"{name:<44}" + "".join(f"{counts.get(c, '-'):>18}" for c in COLUMNS) + f"{time.monotonic() - began:>10.0f}", flush=True)
+        print(f"{name:<44}" + "".join(f"{counts.get(c, '-'):>20}" for c in COLUMNS) + f"{time.monotonic() - began:>10.0f}", flush=True)
 
     for i, (name, keys) in enumerate(MODELS.items()):
         plan, fault = campaigns.write_plan(folder, name.replace(" ", "-"), **keys), POISON.get(name, {})

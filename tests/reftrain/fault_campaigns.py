@@ -105,8 +105,9 @@ def interrupt(folder, plan, reference, number, count, random_numbers, check, **o
         finished, before = False, counts["landed"]
         while not finished:
             run = Run(plan, out, *(["--resume"] if (out / "plan.yaml").exists() else []), **options)
-            if counts["landed"] < count and run.wait_for(lambda window: window["num_steps"] >= 1):
-                time.sleep(random_numbers.uniform(0, 6 * reference.step_s + options.get("slow_save_s", 0.0)))
+            wanted = random_numbers.randint(1, 8)  # the first steps of a process are slow: a delay alone would hardly ever reach a checkpoint
+            if counts["landed"] < count and run.wait_for(lambda window, wanted=wanted: window["num_steps"] >= wanted):
+                time.sleep(random_numbers.uniform(0, 2 * reference.step_s + options.get("slow_save_s", 0.0)))
                 where = run.signal(number)
                 status = run.end()
                 finished = status == 0
@@ -121,6 +122,7 @@ def interrupt(folder, plan, reference, number, count, random_numbers, check, **o
                 finished = True
         assert_equals_reference(out, reference)
         counts["rounds"] += 1
+        counts["resumed past step 0"] += sum(r["kind"] == "resumed" and r["step"] > 0 for r in raw_records(out))
         counts["survived"] += counts["landed"] - before
         shutil.rmtree(out)
     return counts

@@ -39,6 +39,7 @@ def test_kills(folder, case, record_property):
     counts = campaigns.kills(folder, plan, reference, 3, random.Random(case), **fault)
     record_property("counts", dict(counts))
     assert counts["landed"] == counts["survived"] == 3
+    assert counts["resumed past step 0"] >= 1
 
 
 def test_terms(folder, plain, record_property):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from planner.errors import InputError
+from reftrain.batches import Batches
 from reftrain.config import load_run_config
 from reftrain.data import TokenDataset
 from reftrain.measure import read_metrics
@@ -19,7 +20,7 @@ from reftrain.progress import render_summary
 from reftrain.steps import Engine
 from reftrain.train import RunOptions, Trainer, train
 from tests.reftrain import fault_campaigns as campaigns
-from tests.reftrain.fault_worker import Run, raw_records
+from tests.reftrain.fault_worker import Run, poison, raw_records
 
 
 def run(plan, out, changes=None, resume=False):
@@ -141,6 +142,36 @@ def test_what_a_run_went_back_behind_does_not_count(finished, copy):
     assert summary["num_steps"] == 14
     assert summary["final_loss"] == records[-1]["loss"]
     assert summary["flops_per_step"] == finished[2]["flops_per_step"]
+
+
+@pytest.mark.parametrize("case", ["dropout, checkpoint inside the bad samples", "bf16", "checkpoint before the bad samples"])
+def test_a_run_cut_after_every_step_is_the_run_that_was_not(tmp_path, monkeypatch, case):
+    """39 of 39 cut points, among them the ends of eight epochs, the middle of a row of bad steps and the step after a rollback."""
+    keys = {"dropout": 0.2} if case.startswith("dropout") else {"precision": "bf16"} if case == "bf16" else {}
+    for owner, name in ((Batches, "microbatches"), (Engine, "forward_backward"), (Trainer, "_one_step")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
+    first = 24 if case.endswith("before the bad samples") else 25
+    poison("nan", 8 * first, 8 * (first + 3))
+    plan = campaigns.write_plan(tmp_path, max_skipped_steps=3, **keys)
+    run(plan, tmp_path / "whole")
+    step = Trainer._one_step
+
+    def stop_after(trainer):
+        step(trainer)
+        trainer.stop_signal = signal.SIGTERM
+
+    monkeypatch.setattr(Trainer, "_one_step", stop_after)
+    num_processes = 0
+    while not num_processes or not summary["is_complete"]:
+        summary = run(plan, tmp_path / "cut", resume=True)
+        num_processes += 1
+    whole, cut = (raw_records(tmp_path / name) for name in ("whole", "cut"))
+    keep = ("step", "position", "loss", "norm", "learning_rate", "skipped")
+    steps, again = ([[r.get(k) for k in keep] for r in records if r["kind"] == "step"] for records in (whole, cut))
+    assert steps == again
+    assert len(steps) == num_processes - 1 > 40
+    assert [r["kind"] for r in whole].count("rolled_back") == 1
+    assert campaigns.weights_hash(tmp_path / "whole", 40) == campaigns.weights_hash(tmp_path / "cut", 40)
 
 
 def test_a_run_stopped_before_its_first_step_has_a_summary(finished, tmp_path):
