@@ -59,9 +59,9 @@ class Calibration:
     """Time factor of each kind: 1.1 means that it takes 10% longer than predicted before."""
     rows: tuple[dict[str, Any], ...]
     """Per run: predicted step before, after, and by a fit without this run; measured."""
-    median_error_before: float
-    median_error_after: float
-    median_error_left_out: float
+    median_error_before_fraction: float
+    median_error_after_fraction: float
+    median_error_left_out_fraction: float
 
     def save(self, path: str | Path) -> None:
         """Writes the stack file."""
@@ -72,7 +72,8 @@ class Calibration:
         return {
             "schema_version": 1, "stack": self.stack["name"], "factors": self.factors, "rows": list(self.rows),
             "median_abs_error_fraction": {
-                "before": self.median_error_before, "after": self.median_error_after, "left_out": self.median_error_left_out,
+                "before": self.median_error_before_fraction, "after": self.median_error_after_fraction,
+                "left_out": self.median_error_left_out_fraction,
             },
         }  # fmt: skip
 

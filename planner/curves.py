@@ -37,7 +37,7 @@ class Curve(Spec):
         """Seconds at any size; constant below the first, in proportion above the last.
 
         Example:
-            >>> float(Curve(sizes=[1.0, 100.0], seconds=[1.0, 10.0]).at(400.0))
+            >>> round(float(Curve(sizes=[1.0, 100.0], seconds=[1.0, 10.0]).at(400.0)), 6)
             40.0
         """
         size = np.maximum(size, 1e-30)

@@ -43,7 +43,7 @@ def estimate_goodput(num_nodes: float) -> Goodput:
 
     Example:
         >>> round(estimate_goodput(2048).fraction, 3)
-        0.871
+        0.875
     """
     m = 1000.0 * DAY_S / (FAILURES_PER_1000_NODE_DAYS * num_nodes)
     d, r = CHECKPOINT_STALL_S, RESTART_S

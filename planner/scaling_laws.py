@@ -57,7 +57,7 @@ def predict_loss(num_params: float, tokens: float, law: LossLaw = EPOCH_2024) ->
 
     Example:
         >>> round(predict_loss(70e9, 1.4e12).value, 3)
-        1.975
+        1.974
     """
     value = law.irreducible + law.size_factor / num_params**law.size_exponent + law.data_factor / tokens**law.data_exponent
     warnings = tuple(

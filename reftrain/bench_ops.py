@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,16 +125,21 @@ def bench_attention(grid: Grid, dtypes: Sequence[str], device: torch.device, tic
                 q, k, v = (_pool((batch, seq_len, heads, head_dim), DTYPES[name], device, grad=True) for _ in range(3))
 
                 def attend(i: int, q: list[Tensor] = q, k: list[Tensor] = k, v: list[Tensor] = v) -> Tensor:
-                    parts = (x[i % len(x)].transpose(1, 2) for x in (q, k, v))
-                    return functional.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).flatten(2)
+                    a, b, c = (x[i % len(x)].transpose(1, 2) for x in (q, k, v))
+                    return functional.scaled_dot_product_attention(a, b, c, is_causal=True).transpose(1, 2).flatten(2)
 
-                both = _forward_backward_s(attend, lambda i, q=q, k=k, v=v: [x[i % len(x)] for x in (q, k, v)], device)
+                both = _forward_backward_s(attend, _turn(q, k, v), device)
                 forward.append(both[0] / (batch * heads))
                 backward.append(both[1] / (batch * heads))
                 tick()
             found[f"forward/{name}/{head_dim}"] = {"sizes": _floats(grid.seq_lens), "seconds": forward}
             found[f"backward/{name}/{head_dim}"] = {"sizes": _floats(grid.seq_lens), "seconds": backward}
     return found
+
+
+def _turn(*pools: list[Tensor]) -> Callable[[int], list[Tensor]]:
+    """The i-th tensor of each pool."""
+    return lambda i: [pool[i % len(pool)] for pool in pools]
 
 
 def _forward_backward_s(call: Callable[[int], Tensor], inputs: Callable[[int], list[Tensor]], device: torch.device) -> tuple[float, float]:
@@ -236,16 +242,25 @@ def _loss_case(rows: int, dtype: torch.dtype, device: torch.device) -> Any:
 def _weight_handling(grid: Grid, dtypes: Sequence[str], device: torch.device) -> dict[str, dict[str, Any]]:
     """Casts of weights and of their gradients, and sums of gradients over microbatches, by bytes of fp32 parameters."""
     found: dict[str, dict[str, Any]] = {}
-    sizes, calls = [4.0 * n for n in grid.elements], {}
+    sizes = [4.0 * n for n in grid.elements]
+    calls: dict[str, list[Callable[[int], Any]]] = {}
     for n in grid.elements:
         w, g, total = _pool((n,), torch.float32, device), _pool((n,), torch.bfloat16, device), _pool((n,), torch.float32, device)
-        calls.setdefault("accumulate", []).append(lambda i, w=w, t=total: t[i % len(t)].add_(w[i % len(w)]))
+        calls.setdefault("accumulate", []).append(partial(_add, total, w))
         if "bf16" in dtypes:
-            calls.setdefault("cast/forward", []).append(lambda i, w=w: w[i % len(w)].to(torch.bfloat16))
-            calls.setdefault("cast/backward", []).append(lambda i, g=g: g[i % len(g)].to(torch.float32))
+            calls.setdefault("cast/forward", []).append(partial(_cast, w, torch.bfloat16))
+            calls.setdefault("cast/backward", []).append(partial(_cast, g, torch.float32))
     for key, some in calls.items():
         found[key] = {"sizes": sizes, "seconds": [seconds_per_call(call, device) for call in some]}
     return found
+
+
+def _add(totals: list[Tensor], terms: list[Tensor], i: int) -> Tensor:
+    return totals[i % len(totals)].add_(terms[i % len(terms)])
+
+
+def _cast(pool: list[Tensor], dtype: torch.dtype, i: int) -> Tensor:
+    return pool[i % len(pool)].to(dtype)
 
 
 def bench_collectives(device: torch.device, tick: Callable[[], None]) -> dict[str, dict[str, Any]]:
@@ -264,10 +279,10 @@ def bench_collectives(device: torch.device, tick: Callable[[], None]) -> dict[st
                 work.wait()
 
         calls: dict[str, Callable[[int], Any]] = {
-            "all_reduce": lambda i, x=whole: dist.all_reduce(x),
-            "all_gather": lambda i, x=whole, y=part: dist.all_gather_single(x, y),
-            "reduce_scatter": lambda i, x=whole, y=part: dist.reduce_scatter_single(y, x),
-            "all_to_all": lambda i, x=whole, y=arriving: dist.all_to_all_single(y, x),
+            "all_reduce": partial(_run, dist.all_reduce, whole),
+            "all_gather": partial(_run, dist.all_gather_single, whole, part),
+            "reduce_scatter": partial(_run, dist.reduce_scatter_single, part, whole),
+            "all_to_all": partial(_run, dist.all_to_all_single, arriving, whole),
             "p2p": pass_on,
         }
         for name, call in calls.items():
@@ -276,6 +291,11 @@ def bench_collectives(device: torch.device, tick: Callable[[], None]) -> dict[st
     for name, seconds in times.items():
         found[f"{name}/{world}"] = {"sizes": _floats(MESSAGE_BYTES), "seconds": seconds}
     return found
+
+
+def _run(collective: Callable[..., Any], *arguments: Any) -> None:
+    """A collective on all but the last argument, which counts calls."""
+    collective(*arguments[:-1])
 
 
 def _fixed_count_s(call: Callable[[int], Any], count: int = 10, repeats: int = 5) -> float:

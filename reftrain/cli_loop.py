@@ -54,9 +54,7 @@ def bench_device(
         raise InputError.single("--processes", processes, "holds whole numbers from 1", "write e.g. 1,2")
     if not name.replace("-", "").replace("_", "").isalnum():
         raise InputError.single("--name", name, "is made of letters, digits, - and _", "write e.g. cpu-local")
-    catalog, stack = run(
-        name, wanted, [int(text) for text in processes.split(",")], lambda text: sys.stderr.write(text + "\n") and None, is_quick=quick
-    )
+    catalog, stack = run(name, wanted, [int(text) for text in processes.split(",")], _say_aside, is_quick=quick)
     if as_json:
         sys.stdout.write(to_json({"schema_version": 1, "accelerator": name, "catalog": str(catalog), "stack": str(stack)}))
     else:
@@ -67,7 +65,16 @@ def demo(out: Annotated[str, typer.Option(metavar="DIR", help="Folder for everyt
     """Plan, run, compare, calibrate, plan again: the whole loop on the shipped corpus, in about three minutes on two cores."""
     from reftrain.demo import demo as run
 
-    run(Path(out), lambda text: sys.stdout.write(text + "\n") and sys.stdout.flush())
+    run(Path(out), _say)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _say_aside(text: str) -> None:
+    sys.stderr.write(text + "\n")
 
 
 def add_commands(app: typer.Typer) -> None:

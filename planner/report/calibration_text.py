@@ -18,8 +18,8 @@ def render_calibration(found: Calibration, path: str) -> str:
     lines.append("")
     lines += [f"{kind} takes {factor:.2f} times as long as predicted before" for kind, factor in found.factors.items()]
     lines.append(
-        f"median error of the step time: {found.median_error_before:.1%} before, {found.median_error_after:.1%} after, "
-        f"{found.median_error_left_out:.1%} on runs left out of their own fit"
+        f"median error of the step time: {found.median_error_before_fraction:.1%} before, {found.median_error_after_fraction:.1%} after, "
+        f"{found.median_error_left_out_fraction:.1%} on runs left out of their own fit"
     )
     lines.append(f"written: {path}    use it with --stack {path}")
     return "\n".join(lines) + "\n"

@@ -161,8 +161,8 @@ def test_a_run_cut_after_every_step_is_the_run_that_was_not(tmp_path, monkeypatc
         trainer.stop_signal = signal.SIGTERM
 
     monkeypatch.setattr(Trainer, "_one_step", stop_after)
-    num_processes = 0
-    while not num_processes or not summary["is_complete"]:
+    num_processes, summary = 0, {"is_complete": False}
+    while not summary["is_complete"]:
         summary = run(plan, tmp_path / "cut", resume=True)
         num_processes += 1
     whole, cut = (raw_records(tmp_path / name) for name in ("whole", "cut"))
