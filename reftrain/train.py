@@ -250,6 +250,7 @@ class Trainer:
         position, counts, scale = self.position, self.guard.state(), self.engine.loss_scale
         self._load(newest)
         self.position = position
+        self.saved_step = -1  # what is on disk has the old position: whoever stops now must save
         self.engine.loss_scale = min(scale, self.engine.loss_scale)
         self.guard.load_state({**counts, "losses": list(self.guard.losses), "norms": list(self.guard.norms)})
         self._write({"kind": "rolled_back", "step": self.step, "position": position})
