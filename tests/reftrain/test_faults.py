@@ -31,7 +31,7 @@ def plain(folder):
     return plan, campaigns.run_reference(plan, folder / "reference")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in ("bf16", "dropout") else ()) for case in CASES])
 def test_kills(folder, case, record_property):
     keys, fault = CASES[case]
     plan = campaigns.write_plan(folder, case, **keys)

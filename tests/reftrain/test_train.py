@@ -144,28 +144,38 @@ def test_what_a_run_went_back_behind_does_not_count(finished, copy):
     assert summary["flops_per_step"] == finished[2]["flops_per_step"]
 
 
-@pytest.mark.parametrize("keys", [{"dropout": 0.2}, {"precision": "bf16"}], ids=str)
-def test_a_run_cut_after_every_step_is_the_run_that_was_not(tmp_path, monkeypatch, keys):
-    """Every cut point, among them the ends of eight epochs, the middle of a row of bad steps and the step after a rollback.
-
-    The plan saves just before the rollback, so that both runs go back to the same step: a run that was stopped has more checkpoints.
-    """
-    for owner, name in ((Batches, "microbatches"), (Engine, "forward_backward"), (Trainer, "_one_step")):
+@pytest.fixture
+def spoiled(monkeypatch):
+    """The steps whose data begin at positions 200 to 224 have no number for a loss."""
+    for owner, name in ((Batches, "microbatches"), (Engine, "forward_backward")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
     poison("nan", 8 * 25, 8 * 28)
-    plan = campaigns.write_plan(tmp_path, max_skipped_steps=3, **keys)
-    run(plan, tmp_path / "whole")
-    step = Trainer._one_step
+
+
+def run_step_by_step(plan, out, monkeypatch):
+    """As many processes as steps: each is told to stop after its first. Returns their number."""
+    step, num_processes = Trainer._one_step, 1
 
     def stop_after(trainer):
         step(trainer)
         trainer.stop_signal = signal.SIGTERM
 
     monkeypatch.setattr(Trainer, "_one_step", stop_after)
-    num_processes, summary = 0, {"is_complete": False}
-    while not summary["is_complete"]:
-        summary = run(plan, tmp_path / "cut", resume=True)
+    while not run(plan, out, resume=True)["is_complete"]:
         num_processes += 1
+        assert num_processes < 60
+    return num_processes
+
+
+@pytest.mark.usefixtures("spoiled")
+@pytest.mark.parametrize("keys", [{"dropout": 0.2}, {"precision": "bf16"}], ids=str)
+def test_a_run_cut_after_every_step_is_the_run_that_was_not(tmp_path, monkeypatch, keys):
+    """Every cut point, among them the ends of eight epochs, the middle of a row of bad steps and the step after a rollback.
+
+    The plan saves just before the rollback, so that both runs go back to the same step: a run that was stopped has more checkpoints.
+    """
+    run(plan := campaigns.write_plan(tmp_path, max_skipped_steps=3, **keys), tmp_path / "whole")
+    num_processes = run_step_by_step(plan, tmp_path / "cut", monkeypatch)
     whole, cut = (raw_records(tmp_path / name) for name in ("whole", "cut"))
     keep = ("step", "position", "loss", "norm", "learning_rate", "skipped")
     steps, again = ([[r.get(k) for k in keep] for r in records if r["kind"] == "step"] for records in (whole, cut))
@@ -173,6 +183,15 @@ def test_a_run_cut_after_every_step_is_the_run_that_was_not(tmp_path, monkeypatc
     assert len(steps) == num_processes - 1 > 40
     assert [r["kind"] for r in whole].count("rolled_back") == 1
     assert campaigns.weights_hash(tmp_path / "whole", 40) == campaigns.weights_hash(tmp_path / "cut", 40)
+
+
+@pytest.mark.usefixtures("spoiled")
+def test_a_run_stopped_right_after_a_rollback_does_not_meet_the_bad_samples_again(tmp_path, monkeypatch):
+    run_step_by_step(campaigns.write_plan(tmp_path, max_skipped_steps=3, every=1000), tmp_path / "cut", monkeypatch)
+    records = raw_records(tmp_path / "cut")
+    positions = [r["position"] for r in records if r["kind"] == "step"]
+    assert positions == list(range(0, 8 * len(positions), 8))
+    assert [r["step"] for r in records if r["kind"] == "rolled_back"] == [27]
 
 
 def test_a_run_stopped_before_its_first_step_has_a_summary(finished, tmp_path):
