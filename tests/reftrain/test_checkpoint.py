@@ -22,7 +22,8 @@ FILES = ("rank-00000.safetensors", "layout.json", "extra.json", MANIFEST)
 
 
 def trained(seed, num_steps=2):
-    """A small model of two dtypes and odd sizes, and its AdamW with state."""
+    """A small model of two dtypes and odd sizes, and its AdamW with state; one thread, so that other processes compute the same bits."""
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Embedding(33, 7), nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 3).to(torch.bfloat16))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3 * (seed + 1), betas=(0.9, 0.9 + seed / 100))
