@@ -56,7 +56,6 @@ def run(
     max_restarts: Annotated[
         int | None, typer.Option("--max-restarts", metavar="N", help="Of a layout's processes when one dies; default 3.", min=0, max=1000)
     ] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Write trace.json for ui.perfetto.dev.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train as the plan says; also under torchrun."""
@@ -76,7 +75,7 @@ def run(
         raise typer.Exit(launch(arguments, folder, config.layout.num_devices, MAX_RESTARTS if max_restarts is None else max_restarts))
     progress, close = make_progress(config, is_quiet=as_json)
     try:
-        summary = train(config, RunOptions(folder, resume=resume or is_restarted(), profile=profile), progress)
+        summary = train(config, RunOptions(folder, resume=resume or is_restarted()), progress)
     finally:
         close()
     if summary.values:

@@ -129,7 +129,6 @@ class Training(Spec):
     max_skipped_steps: PositiveInt = 5
     """So many bad steps in a row roll back to the last checkpoint."""
     max_rollbacks: NonNegativeInt = 2
-    tensorboard: bool = False
 
     @model_validator(mode="after")
     def _schedule_is_whole(self) -> Training:

@@ -44,7 +44,6 @@ class RunOptions:
     data: str | None = None
     """`synthetic`, or a folder with token shards; None: what the plan says."""
     resume: bool = False
-    profile: bool = False
     device: torch.device | None = None
 
 
