@@ -18,6 +18,7 @@ from planner.memory import (
     gathered_params,
     kept_bytes,
     part_states,
+    replaced_gradients,
     state_format,
     trained_params,
     transient_bytes,
@@ -147,7 +148,11 @@ def _lasting(trace: Trace, key: str, what: str, stage: int, path: str) -> Explan
     runs = _runs(trace, what)
     if not path:
         parts = {p.name: runs[i][stage] * _part_bytes(trace, what, p, stage) for i, p in enumerate(trace.graph.parts)}
-        return summed(key, trace.at(key), parts, {name: f"{key}.{name}" for name in parts}, _SOURCES[what])
+        keys = {name: f"{key}.{name}" for name in parts}
+        if what == "gradients":
+            kept = trace.memory.activations + trace.memory.logits
+            parts["not yet made"] = -float(np.sum(replaced_gradients(trace.graph, trace.job.stack, np.array([sum(parts.values())]), kept)))
+        return summed(key, trace.at(key), parts, keys, _SOURCES[what])
     index, part, cost, _ = trace.locate(key, path)
     num_runs = float(runs[index][stage])
     count = Input("num_runs", num_runs, f"{part.name} on stage {stage}")

@@ -38,11 +38,11 @@ def forward_flops_formula(cost: OpCost, numerics: Numerics, seq_len: float, toke
     op: Any = cost.op
     if cost.gemm is not None and numerics.lora_rank == 0 and numerics.expert_imbalance == 1:
         m, n, k = (float(size) for size in cost.gemm)
-        groups = float(cost.model_forward_flops) / (2 * m * n * k) if isinstance(op, GroupedLinear) else 1.0
         inputs = [Input("m", m, f"rows: {source}"), Input("n", n, f"columns: {source}"), Input("k", k, f"inner length: {source}")]
-        if isinstance(op, GroupedLinear):
-            return "2 * m * n * k * num_groups", [*inputs, Input("num_groups", round(groups), "experts on one device")]
-        return "2 * m * n * k", inputs
+        if cost.num_gemms == 1:
+            return "2 * m * n * k", inputs
+        origin = "experts on one device" if isinstance(op, GroupedLinear) else "chunks of its rows"
+        return "2 * m * n * k * num_groups", [*inputs, Input("num_groups", float(cost.num_gemms), origin)]
     if isinstance(op, Attention):
         heads = float(cost.model_forward_flops) / (2 * tokens * seq_len * (op.head_dim + op.v_head_dim))
         names = {"tokens": tokens, "seq_len": seq_len, "num_heads": heads, "head_dim": op.head_dim, "v_head_dim": op.v_head_dim}

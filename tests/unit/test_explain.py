@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from planner.errors import InputError
 from planner.estimate import estimate
 from planner.explain import MAIN_KEYS, Explanation, Trace, explain, explain_in, numeric_keys
+from planner.files import DATA_DIR, read_yaml, to_yaml
 from planner.plan import build_request
 from planner.report.explain_text import render_explanation
 
@@ -48,6 +50,9 @@ REQUESTS = {
     "MoE, EP and TP": _request(MIXTRAL, "h100-80gb-sxm", 64, {"dp_shard": 32, "tp": 2, "ep": 8, "zero_stage": 1, "sequence_parallel": True}),
     "MoE, LoRA, no price": _request(MIXTRAL, "h100-80gb-sxm", 64, {"dp_shard": 64, "ep": 8, "zero_stage": 3}, None, job="lora"),
     "single device, unfused": _request(GPT2, "a100-80gb-sxm", 1, {}, attention_kernel="unfused", seq_len=1024, optimizer="adafactor"),
+    "gradients made anew, one microbatch": {
+        **_request(GPT2, "a100-80gb-sxm", 1, {"micro_batch_size": 4}, seq_len=1024, global_batch_size=4), "stack": "torch-eager",
+    },
     "TPU, does not fit": _request(LLAMA, "tpu-v4", 8, {"dp_shard": 1, "tp": 8, "zero_stage": 0}),
     "two kinds of block, unfused, selective": _request(
         GEMMA, "h100-80gb-sxm", 16, {"tp": 2, "dp_shard": 8, "zero_stage": 2}, attention_kernel="unfused", recompute="selective", seq_len=8192
@@ -102,6 +107,29 @@ def test_every_child_is_explained(trace: Trace) -> None:
         todo += [child for child in found.children if child not in seen]
         seen.update(found.children)
     assert any(key.count(".") > 4 for key in seen)
+
+
+def test_a_stack_measured_op_by_op_is_explained(tmp_path: Path) -> None:
+    """Curves in place of rooflines, with casts, sums of gradients and host time."""
+    curve = {"sizes": [1e3, 1e6, 1e9], "seconds": [1e-5, 2e-4, 0.3]}
+    sizes = [64.0, 1024.0, 65536.0]
+    grid = {"m": sizes, "n": sizes, "k": sizes, "seconds": [(m * n * k / 1e13) ** 0.9 + 1e-5 for m in sizes for n in sizes for k in sizes]}
+    phases = ("forward", "backward_input", "backward_weight")
+    kinds = ("layernorm", "activation", "residual", "embedding", "loss")
+    measured = {
+        "source": "made up for this test", "date": "2026-11-23", "op_overhead_s": 1e-6, "step_overhead_s": 1e-3,
+        "matmul": {f"{phase}/bf16": grid for phase in phases},
+        "attention": {f"{phase}/bf16/64": curve for phase in ("forward", "backward")},
+        "ops": {f"{kind}/{phase}/bf16": curve for kind in kinds for phase in phases[:2]}
+        | dict.fromkeys(("cast/forward", "cast/backward", "accumulate", "optimizer/adamw"), curve),
+    }  # fmt: skip
+    stack = tmp_path / "mine.yaml"
+    stack.write_text(to_yaml(read_yaml(DATA_DIR / "stacks" / "reftrain.yaml") | {"name": "mine", "measured": {"a100-80gb-sxm": measured}}))
+    request = _request(GPT2, "a100-80gb-sxm", 1, {"micro_batch_size": 4}, seq_len=1024, global_batch_size=8) | {"stack": str(stack)}
+    trace = Trace.of(build_request(request))
+    test_every_number_is_explained(trace)
+    test_every_child_is_explained(trace)
+    assert trace.plan.time.step_s.value > estimate(request | {"stack": "reftrain"}).time.step_s.value, "the curves are slower, and are used"
 
 
 def test_explanations_are_plain_data_and_readable(trace: Trace) -> None:
