@@ -17,7 +17,7 @@ import numpy as np
 from planner.errors import InputError
 from planner.estimate import estimate
 from planner.files import read_json, read_yaml, to_yaml, write_text
-from planner.plan import Plan, Request, build_request
+from planner.plan import COMMUNICATION_PARTS, Plan, Request, build_request
 from planner.spec import build
 from planner.stack import StackSpec, load_stack
 
@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "matmul": ("matmul", "grouped_matmul"),
     "attention": ("attention",),
     "memory": ("memory_bound", "optimizer"),
-    "communication": ("tensor_parallel", "context_parallel", "expert_parallel", "fsdp", "data_parallel", "pipeline_transfer_and_bubble"),
+    "communication": COMMUNICATION_PARTS,
 }
 """Coefficient of the stack -> the parts of a step's time that it divides."""
 PRIOR_WEIGHT = 0.02
@@ -105,12 +105,12 @@ def calibrate(runs: Sequence[Run], stack_name: str | None = None, name: str | No
         name: of the new stack; None: the old one's with `-calibrated`.
 
     Raises:
-        InputError: fewer than three runs, or runs of several stacks or accelerators.
+        InputError: fewer than three runs, or runs of several stacks.
     """
     if len(runs) < LEAST_RUNS:
         raise InputError.single("RUN_DIR", len(runs), f"a fit needs at least {LEAST_RUNS} runs", "measure more, of different sizes")
-    start = _common_stack(runs, stack_name)
-    plans = [estimate(run.request.model_copy(update={"stack": start})) for run in runs]
+    plans = [estimate(run.request if stack_name is None else run.request.model_copy(update={"stack": stack_name})) for run in runs]
+    start = _common_stack(plans)
     times = np.array([[sum(plan.time.breakdown_s[part] for part in parts) for parts in KINDS.values()] for plan in plans])
     measured = np.array([run.step_s for run in runs])
     factors = _fit(times, measured)
@@ -126,10 +126,7 @@ def calibrate(runs: Sequence[Run], stack_name: str | None = None, name: str | No
     return Calibration(stack, dict(zip(KINDS, map(float, factors), strict=True)), rows, *errors)
 
 
-def _common_stack(runs: Sequence[Run], stack_name: str | None) -> str:
-    if stack_name is not None:
-        return stack_name
-    plans: list[Plan] = [estimate(run.request) for run in runs]
+def _common_stack(plans: Sequence[Plan]) -> str:
     names = sorted({str(plan.inputs["stack"]) for plan in plans})
     if len(names) > 1:
         raise InputError.single("RUN_DIR", names, "the runs name several stacks", "name one with --stack, or calibrate them apart")

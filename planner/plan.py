@@ -21,11 +21,14 @@ from planner.stack import Spread
 from planner.workload import Workload
 
 __all__ = [
-    "Cost", "Evidence", "Flops", "Interval", "Loss", "Memory", "Params", "Plan", "Request", "StageMemory", "Time", "Violation",
+    "COMMUNICATION_PARTS", "Cost", "Evidence", "Flops", "Interval", "Loss", "Memory", "Params", "Plan", "Request", "StageMemory",
+    "Time", "Violation",
     "build_request", "load_plan",
 ]  # fmt: skip
 
 SCHEMA_VERSION = 1
+COMMUNICATION_PARTS = ("tensor_parallel", "context_parallel", "expert_parallel", "fsdp", "data_parallel", "pipeline_transfer_and_bubble")
+"""Of `time.breakdown_s`: what a step spends on other devices, waiting for them included."""
 
 
 class Request(Spec):

@@ -12,13 +12,13 @@ from typing import Any
 
 from planner.errors import InputError
 from planner.files import read_json, read_yaml
+from planner.plan import COMMUNICATION_PARTS
 from reftrain.measure import read_metrics
 
 __all__ = ["Comparison", "Metric", "compare_run", "to_dict"]
 
 FLOPS_TOLERANCE_FRACTION = 0.005
 """FLOPs are counted, not timed: no interval, and next to no error."""
-COMMUNICATION = ("tensor_parallel", "context_parallel", "expert_parallel", "fsdp", "data_parallel", "pipeline_transfer_and_bubble")
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ def compare_run(folder: str | Path, tolerance_fraction: float | None = None) -> 
         step = time["step_s"]
         metrics.append(Metric("step time", "s", step["value"], summary["step_s"]["median"], step["low"], step["high"]))
         metrics.append(Metric("tokens/s", "tokens/s", tokens / step["value"], summary["tokens_per_s"], tokens / step["high"], tokens / step["low"]))
-    if summary["peak_bytes"]:
+    if summary.get("peak_bytes"):
         peak = memory["peak_bytes"]
         metrics.append(Metric("peak memory", "bytes", peak["value"], summary["peak_bytes"], peak["low"], peak["high"]))
-    if summary["flops_per_step"] and "counted_per_token" in prediction["flops"]:
+    if summary.get("flops_per_step") and "counted_per_token" in prediction["flops"]:
         metrics.append(Metric("FLOPs per step", "FLOP", prediction["flops"]["counted_per_token"] * tokens, summary["flops_per_step"]))
     metrics += _loss_metrics(prediction.get("loss"), summary)
     records = read_metrics(folder / "metrics.jsonl")
@@ -144,7 +144,7 @@ def _phases(time: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, fl
         found.append(("backward", backward + parts["data_parallel"], measured.get("backward")))
     found.append(("optimizer", parts["optimizer"], measured.get("optimizer")))
     found.append(("data", 0.0, measured.get("data")))
-    found.append(("of which communication", sum(parts[name] for name in COMMUNICATION), measured.get("communication")))
+    found.append(("of which communication", sum(parts[name] for name in COMMUNICATION_PARTS), measured.get("communication")))
     return found
 
 

@@ -88,14 +88,12 @@ def _runner(out: Path, say: Callable[[str], None]) -> Callable[..., str]:
 
 
 def _write_page(out: Path, again: dict[str, Any], say: Callable[[str], None]) -> Path:
-    comparisons = [compare_run(out / "runs" / name) for name in SIZES]
-    judge = comparisons[list(SIZES).index(JUDGE)]
-    measured = next(metric.measured for metric in judge.metrics if metric.name == "step time")
-    before = next(metric.error_fraction for metric in judge.metrics if metric.name == "step time")
-    after = again["time"]["step_s"]["value"] / measured - 1
+    comparisons = {name: compare_run(out / "runs" / name) for name in SIZES}
+    step = next(metric for metric in comparisons[JUDGE].metrics if metric.name == "step time")
+    before, after = step.error_fraction, again["time"]["step_s"]["value"] / step.measured - 1
     say(f"5. `{JUDGE}`, which no fit saw: step time {before:+.1%} before calibration, {after:+.1%} after")
     write_text(out / "demo.json", to_json({"judge": JUDGE, "error_fraction_before": before, "error_fraction_after": after}))
-    page = out / "demo.html"
-    write_text(page, render_page(comparisons, f"Four runs against their plans ({JUDGE}: {before:+.1%} before calibration, {after:+.1%} after)"))
+    page, title = out / "demo.html", f"Four runs against their plans ({JUDGE}: {before:+.1%} before calibration, {after:+.1%} after)"
+    write_text(page, render_page(list(comparisons.values()), title))
     say(f"   page: {page}")
     return page
