@@ -18,15 +18,15 @@ from typer.exceptions import TyperException
 
 from planner.errors import InputError, PlannerError, Problem, nearest
 
-__all__ = ["app", "main", "run_app"]
+__all__ = ["JsonFlag", "app", "main", "make_app", "run_app"]
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    help="Plan an LLM training run before you pay for it.",
-)
+
+def make_app(text: str) -> typer.Typer:
+    """A command line with plain help; errors are left to `run_app`."""
+    return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, help=text)
+
+
+app = make_app("Plan an LLM training run before you pay for it.")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 PlanFile = Annotated[str | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; options below change it.")]

@@ -28,9 +28,11 @@ __all__ = [
     "read_json",
     "read_text",
     "read_yaml",
+    "sync_folder",
     "to_json",
     "to_yaml",
     "user_dir",
+    "write_bytes",
     "write_text",
 ]
 
@@ -234,7 +236,16 @@ def to_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True, default_flow_style=None)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def sync_folder(folder: Path) -> None:
+    """Forces the names in a folder to the disk: without it a rename may not outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
     """Writes a whole file or nothing: temporary file, fsync, rename, fsync of the folder.
 
     A link is followed. What is there and is no plain file (`/dev/stdout`, a named pipe) is written to and never replaced.
@@ -246,24 +257,37 @@ def write_text(path: str | Path, text: str) -> None:
     try:
         target = Path(os.path.realpath(path))
         if os.path.exists(path) and not os.path.isfile(path):
-            with open(path, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with open(path, "wb") as file:
+                file.write(data)
             return
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:64]}.", dir=target.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(target.parent)
     except (OSError, ValueError) as error:
         if temporary:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError.single("out", str(path), f"must be a file that can be written ({reason})", "check the folder and its permissions") from None
+        raise _cannot_write(path, error) from None
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` of a text, as UTF-8 with the line ends that it has.
+
+    Raises:
+        InputError: see `write_bytes`; or half a surrogate pair.
+    """
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise _cannot_write(path, error) from None
+    write_bytes(path, data)
+
+
+def _cannot_write(path: str | Path, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return InputError.single("out", str(path), f"must be a file that can be written ({reason})", "check the folder and its permissions")

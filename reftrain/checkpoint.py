@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from planner.errors import InputError, Problem
+from planner.files import sync_folder
 from reftrain.checkpoint_files import (
     MANIFEST,
     FileRecord,
@@ -46,7 +47,6 @@ from reftrain.checkpoint_files import (
     json_bytes,
     parse_bytes,
     read_manifest,
-    sync_folder,
     write_file,
 )
 from reftrain.checkpoint_pieces import LAYOUT, JsonLoadPlanner, JsonSavePlanner, PieceCollector, PieceReader, cause_of, unfit

@@ -31,7 +31,7 @@ from planner.files import parse_json, read_text, to_json
 
 __all__ = [
     "MANIFEST", "FileRecord", "Manifest", "damage", "decode", "encode", "json_bytes", "parse_bytes",
-    "read_manifest", "safetensors_header", "sync_folder", "tensor_bytes", "write_file",
+    "read_manifest", "safetensors_header", "tensor_bytes", "write_file",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
@@ -157,15 +157,6 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
     finally:
         os.close(handle)
     return FileRecord(path.name, num_bytes, digest.hexdigest())
-
-
-def sync_folder(folder: Path) -> None:
-    """Forces the names in a folder to the disk: without it a rename may not outlive a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def safetensors_header(tensors: Mapping[str, torch.Tensor]) -> bytes:

@@ -8,21 +8,15 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from planner.cli import run_app
+from planner.cli import JsonFlag, make_app, run_app
 from planner.errors import InputError, MissingPieceError
 from reftrain.cli_data import data_app, tokenizer_app
 from reftrain.cli_loop import add_commands
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True,
-    help="Run a plan as it is, and measure it against its prediction.",
-)  # fmt: skip
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+app = make_app("Run a plan as it is, and measure it against its prediction.")
 PlanFile = Annotated[str, typer.Argument(metavar="PLAN.yaml", help="A plan file, as `planner estimate --out` writes it.")]
-
-
 add_commands(app)
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
@@ -59,8 +53,6 @@ def run(
     as_json: JsonFlag = False,
 ) -> None:
     """Train as the plan says; also under torchrun."""
-    import torch  # noqa: F401  (the command fails here, with advice, where torch is missing)
-
     from reftrain.config import load_run_config
     from reftrain.launch import MAX_RESTARTS, is_restarted, is_worker, launch
     from reftrain.prepare_run import check_folder

@@ -10,19 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
+from planner.cli import JsonFlag, make_app
 from planner.errors import InputError
 
 __all__ = ["data_app", "tokenizer_app"]
 
 
-def _app(text: str) -> typer.Typer:
-    return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, help=text)
+data_app = make_app("Text to token shards: collect, clean, remove duplicates, tokenize.")
+tokenizer_app = make_app("Train a tokenizer, or measure one.")
 
-
-data_app = _app("Text to token shards: collect, clean, remove duplicates, tokenize.")
-tokenizer_app = _app("Train a tokenizer, or measure one.")
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Paths = Annotated[
     list[Path] | None,
     typer.Argument(metavar="PATHS", help="Files and folders: txt, md, jsonl, parquet, html, xml dumps; .gz, .bz2, .zip of these."),
@@ -88,11 +84,7 @@ def info(folder: Annotated[Path, typer.Argument(metavar="DIR")], as_json: JsonFl
         dataset = TokenDataset.open(path, verify=True)
         index = dataset.index
         found[path.name] = {
-            "documents": index.num_documents,
-            "text_bytes": index.text_bytes,
-            "tokens": index.num_tokens,
-            "bytes_per_token": index.text_bytes / index.num_tokens,
-            "shards": len(index.shards),
+            **dataset.facts(),
             "dtype": index.dtype,
             "vocab_size": index.vocab_size,
             "tokenizer_sha256": index.tokenizer_sha256,

@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
+from planner.cli import JsonFlag
 from planner.errors import InputError
 
 __all__ = ["add_commands"]
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 
 def compare(

@@ -8,9 +8,7 @@ at a position, or giving every rank its own positions, is therefore exact and co
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
@@ -20,7 +18,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from planner.errors import InputError, Problem
-from planner.files import read_json, to_json, write_text
+from planner.files import read_json, to_json, write_bytes, write_text
 from planner.spec import NonNegativeInt, PositiveInt, Spec, build
 
 __all__ = ["SyntheticDataset", "TokenDataset", "TokenIndex", "TokenSource", "TokenWriter", "permute"]
@@ -93,7 +91,8 @@ class TokenWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "index.json").unlink(missing_ok=True)
         except OSError as error:
-            raise _cannot_write(self.folder, error) from None
+            rule = f"must be a place that can be written ({error.strerror or error})"
+            raise InputError.single("out", str(self.folder), rule, "check the folder and its space") from None
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -117,10 +116,7 @@ class TokenWriter:
         data, rest = stream[: self._shard_tokens].tobytes(), stream[self._shard_tokens :]
         self._waiting, self._num_waiting = [rest], len(rest)
         name = f"{len(self._shards):05d}.bin"
-        try:
-            _write_bytes(self.folder / name, data)
-        except OSError as error:
-            raise _cannot_write(self.folder / name, error) from None
+        write_bytes(self.folder / name, data)
         self._shards.append(ShardEntry(file=name, num_tokens=len(data) // self._dtype.itemsize, sha256=hashlib.sha256(data).hexdigest()))
 
     def _finish(self) -> None:
@@ -138,24 +134,6 @@ class TokenWriter:
             shards=self._shards,
         )
         write_text(self.folder / "index.json", to_json(index.model_dump()))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    """The whole file or nothing, on disk before it has its name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _cannot_write(path: Path, error: OSError) -> InputError:
-    return InputError.single("out", str(path), f"must be a place that can be written ({error.strerror or error})", "check the folder and its space")
 
 
 class TokenDataset:
@@ -204,6 +182,14 @@ class TokenDataset:
     def text_bytes(self) -> int:
         """UTF-8 bytes of text that all tokens stand for: bits per byte = total nats / ln 2 / text_bytes."""
         return self.index.text_bytes
+
+    def facts(self) -> dict[str, Any]:
+        """What it holds, for reports."""
+        index = self.index
+        return {
+            "documents": index.num_documents, "text_bytes": index.text_bytes, "tokens": index.num_tokens,
+            "bytes_per_token": index.text_bytes / index.num_tokens, "shards": len(index.shards),
+        }  # fmt: skip
 
     def num_sequences(self, seq_len: int) -> int:
         """Windows in one epoch: (num_tokens - 1) // seq_len. At most seq_len - 1 tokens at the end are left out.

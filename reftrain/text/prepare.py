@@ -267,16 +267,6 @@ def _report(
     tokenizer: Tokenizer,
     datasets: dict[str, TokenDataset],
 ) -> dict[str, Any]:
-    splits = {
-        split: {
-            "documents": dataset.index.num_documents,
-            "text_bytes": dataset.text_bytes,
-            "tokens": dataset.num_tokens,
-            "bytes_per_token": dataset.text_bytes / dataset.num_tokens,
-            "shards": len(dataset.index.shards),
-        }
-        for split, dataset in datasets.items()
-    }
     return {
         "schema_version": 1,
         "out": str(options.out),
@@ -286,5 +276,5 @@ def _report(
         "skipped_files": [{"file": p.where or str(p.value), "rule": p.rule} for p in problems],
         "contamination": items.report(),
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
-        "splits": splits,
+        "splits": {split: dataset.facts() for split, dataset in datasets.items()},
     }
