@@ -83,7 +83,7 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     buffers = _stage_axis(np.where(num_ranks > 1, stack.collective_buffers, 0.0))
     parts = {
         "weights": states[0],
-        "gradients": states[1] - replaced_gradients(graph, stack, (blocks + logits) * in_flight),
+        "gradients": states[1] - replaced_gradients(graph, stack, states[1], (blocks + logits) * in_flight),
         "optimizer": states[2],
         "activations": blocks * in_flight,
         "logits": logits * in_flight,
@@ -187,7 +187,7 @@ def kept_bytes(part: Part, graph: StepGraph, stack: StackSpec) -> tuple[Array, A
     return total, logits
 
 
-def replaced_gradients(graph: StepGraph, stack: StackSpec, activations: Array) -> Array:
+def replaced_gradients(graph: StepGraph, stack: StackSpec, gradients: Array, activations: Array) -> Array:
     """Bytes of gradients that are not there yet when the activations are all there, [..., pp].
 
     Formula: with one microbatch a step, a stack that frees gradients after each step makes them while the backward pass frees activations
@@ -196,15 +196,11 @@ def replaced_gradients(graph: StepGraph, stack: StackSpec, activations: Array) -
     """
     if not stack.frees_gradients or graph.layout.pp > 1:
         return 0.0
-    layout, kept, head = graph.layout, state_format(graph, stack), graph.parts[-1]
-    body, casts = [], []
-    for part in graph.parts:
-        trained = sum(sum(trained_params(part, is_expert, False)) for is_expert in (False, True))
-        gradients = sum(part_states(graph, stack, part, is_expert)[1] for is_expert in (False, True))
-        body.append(gradients * (0.0 if part is head else 1.0))
-        casts.append(trained * kept.cast_copy)
-    runs = part_runs(graph)
-    alive = np.minimum(over_stages(body, runs), activations + over_stages(casts, runs))
+    layout, kept = graph.layout, state_format(graph, stack)
+    head = sum(part_states(graph, stack, graph.parts[-1], is_expert)[1] for is_expert in (False, True))
+    trained = [sum(sum(trained_params(part, is_expert, False)) for is_expert in (False, True)) for part in graph.parts]
+    casts = over_stages([num_params * kept.cast_copy for num_params in trained], part_runs(graph))
+    alive = np.minimum(gradients - _stage_axis(head), activations + casts)
     has_buckets = (np.asarray(layout.dp) > 1) & (np.asarray(layout.zero_stage) == 0)
     return alive * _stage_axis((np.asarray(graph.num_microbatches) == 1) & ~has_buckets)
 

@@ -155,8 +155,8 @@ def part_times(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluste
             add(forward, kind, own_forward)
             add(backward, kind, own_backward)
             add(weight, kind, efficiency.backward_weight_s(cost, graph.seq_len, is_flash))
-            casts, sums = efficiency.weight_handling_s(cost.params - cost.frozen_params, graph.num_microbatches)
             if efficiency.curves is not None:
+                casts, sums = efficiency.weight_handling_s(cost.params - cost.frozen_params, graph.num_microbatches)
                 add(forward, "memory", casts)
                 add(backward, "memory", sums)
         else:

@@ -23,8 +23,8 @@ def cp_positions(seq_len: int, cp: int, rank: int) -> Tensor:
         >>> cp_positions(8, 2, 0).tolist()
         [0, 1, 6, 7]
     """
-    slices = torch.arange(seq_len).chunk(2 * cp)
-    return torch.cat([slices[rank], slices[2 * cp - 1 - rank]]) if cp > 1 else slices[0].new_tensor(range(seq_len))
+    slices = torch.arange(seq_len).tensor_split(2 * cp)
+    return torch.cat([slices[rank], slices[2 * cp - 1 - rank]])
 
 
 class Positions(nn.Module):

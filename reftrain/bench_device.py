@@ -56,26 +56,16 @@ def bench_device(
 
 
 def _measure_with(count: int, precisions: Sequence[str], is_quick: bool) -> dict[str, Any]:
-    """Runs `measure_here` in `count` processes of their own and takes the slowest rank's answer, as a step would."""
+    """Runs `measure_here` in `count` processes of their own, all at work at once; the answer is rank 0's."""
     cores = os.cpu_count() or 1
     devices = torch.cuda.device_count() if torch.cuda.is_available() else cores
     if count > devices:
         raise InputError.single("--processes", count, f"this machine has {devices} devices to share out", f"use {devices} or fewer")
     code = f"from reftrain.bench_device import measure_here; measure_here({list(precisions)!r}, {is_quick})"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(count),
-        "--no-python",
-        sys.executable,
-        "-c",
-        code,
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--no-python"]
+    command = [*(torchrun if count > 1 else []), sys.executable, "-c", code]
     env = {**os.environ, "OMP_NUM_THREADS": str(max(cores // count, 1))}
-    done = subprocess.run(command if count > 1 else [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise RuntimeError(f"the measuring processes ended with status {done.returncode}")

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from planner.op_cost import Numerics, Op, Shard
 from planner.ops import Elementwise, Embedding, Loss, Norm
-from reftrain.kernels import _chunk_loss, rms_norm, rotate
+from reftrain.kernels import chunk_loss, rms_norm, rotate
 
 __all__ = ["FULL", "QUICK", "Grid", "bench_attention", "bench_collectives", "bench_matmuls", "bench_ops", "seconds_per_call"]
 
@@ -236,7 +236,7 @@ def _loss_case(rows: int, dtype: torch.dtype, device: torch.device) -> Any:
     count = max(rows * OP_WIDTH // vocab, 1)
     logits = _pool((count, vocab), dtype, device)
     targets = torch.randint(0, vocab, (count,), device=device)
-    return lambda i: _chunk_loss(logits[i % len(logits)].float(), targets, 0, None, True)[1].div_(2.0).to(dtype), lambda i: []  # type: ignore[union-attr]
+    return lambda i: chunk_loss(logits[i % len(logits)].float(), targets, 0, None, True)[1].div_(2.0).to(dtype), lambda i: []  # type: ignore[union-attr]
 
 
 def _weight_handling(grid: Grid, dtypes: Sequence[str], device: torch.device) -> dict[str, dict[str, Any]]:

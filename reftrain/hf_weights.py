@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -173,6 +172,6 @@ def save_weights(model: Transformer, model_config: dict[str, Any], folder: str |
     except OSError as error:
         raise InputError.single("out", str(folder), f"cannot be written ({error.strerror})", "choose another folder, or free space") from None
     architecture = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-    config = {**json.loads(to_json(model_config)), "architectures": [architecture[model.spec.family]], "dtype": "float32"}
+    config = {**model_config, "architectures": [architecture[model.spec.family]], "dtype": "float32"}
     write_text(folder / "config.json", to_json({k: v for k, v in config.items() if k != "name"}))
     return folder / "model.safetensors"

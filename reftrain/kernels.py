@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["linear_cross_entropy", "rms_norm", "rotate"]
+__all__ = ["chunk_loss", "linear_cross_entropy", "rms_norm", "rotate"]
 
 IGNORED = -100
 """A target that takes no part in the loss, as in torch."""
@@ -106,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows]
             logits = torch.nn.functional.linear(part, weight, bias).to(wide)
-            loss, grad = _chunk_loss(logits, targets[start : start + rows], first_class, group, wants_grad)
+            loss, grad = chunk_loss(logits, targets[start : start + rows], first_class, group, wants_grad)
             total += loss
             if grad is None or grad_hidden is None or grad_weight is None:
                 continue
@@ -134,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*cast, None, None, None, None)
 
 
-def _chunk_loss(logits: Tensor, targets: Tensor, first_class: int, group: Any, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+def chunk_loss(logits: Tensor, targets: Tensor, first_class: int, group: Any, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
     """(summed loss, its gradient by the logits, written over them); classes may be split over the ranks of `group`."""
     top = logits.max(dim=-1, keepdim=True).values
     if group is not None:

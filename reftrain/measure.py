@@ -96,7 +96,8 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record; numbers that JSON lacks become text."""
-        self._file.write(json.dumps(record, default=str).replace("NaN", '"nan"').replace("-Infinity", '"-inf"').replace("Infinity", '"inf"') + "\n")
+        spelled = {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+        self._file.write(json.dumps(spelled, default=str, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

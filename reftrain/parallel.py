@@ -21,15 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from planner.errors import InputError
 from planner.layout import Layout, chunk_sizes
-from planner.model_spec import ModelSpec
 from reftrain.axes import SINGLE, Axes
 from reftrain.config import RunConfig
 from reftrain.layers import LayerNorm, Linear, RmsNorm
 from reftrain.model import Transformer, initialize
 from reftrain.moe import Experts, Mixture
-from reftrain.runnable import check_runnable, expert_shards
+from reftrain.runnable import expert_shards
 
-__all__ = ["Ranks", "build_model_parts", "check_runnable", "end_distributed", "start_ranks"]
+__all__ = ["Ranks", "build_model_parts", "end_distributed", "start_ranks"]
 
 COLUMN = ("q", "k", "v", "q_up", "kv_up", "up", "gate")
 ROW = ("out", "down")
@@ -249,11 +248,6 @@ def sum_tied(parts: list[nn.Module], ranks: Ranks) -> None:
             grad = None if table is None else table.weight.grad
             if isinstance(grad, Tensor):
                 dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=ranks.tied_group)
-
-
-def spec_of(part: nn.Module) -> ModelSpec:
-    """The spec of a part, wrapped or not."""
-    return unwrap(part).spec
 
 
 def unwrap(part: nn.Module) -> Transformer:

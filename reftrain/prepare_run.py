@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -63,7 +62,7 @@ def prepare_folder(config: RunConfig, out: Path, resume: bool) -> None:
     """
     check_folder(config, out, resume)
     plan = {**spec_to_plain(config.request), "layout": spec_to_plain(config.layout), "training": spec_to_plain(config.training)}
-    write_text(out / "plan.yaml", to_yaml(json.loads(json.dumps(plan))))
+    write_text(out / "plan.yaml", to_yaml(plan))
 
 
 def prepare_data(config: RunConfig, out: Path) -> str:

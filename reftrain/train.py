@@ -27,8 +27,9 @@ from reftrain.checkpoint import CheckpointStore
 from reftrain.config import RunConfig
 from reftrain.guard import SpikeGuard, TrainingDivergedError
 from reftrain.measure import INSTRUMENTED_STEP, WARMUP_STEPS, Instruments, MetricsLog, Summary, read_metrics, summarize
-from reftrain.parallel import Ranks, check_runnable, end_distributed, start_ranks
+from reftrain.parallel import Ranks, end_distributed, start_ranks
 from reftrain.prepare_run import hold_folder, on_first_rank, prepare_data, prepare_folder
+from reftrain.runnable import check_runnable
 from reftrain.steps import Engine, StepTimes
 
 __all__ = ["RunOptions", "train"]
@@ -276,19 +277,18 @@ class Trainer:
         """Mean loss over held-out text, as nats per token and, where the text's bytes are known, bits per byte."""
         for model in self.engine.models:
             model.eval()
-        losses = []
+        losses, valid = [], self.batches.valid
         for microbatches in self.batches.validation():
             if self._agree_to_stop():
                 break
             losses.append(self.engine.evaluate(microbatches))
         for model in self.engine.models:
             model.train()
-        if losses and not self.stop_signal:
+        if losses and valid is not None and not self.stop_signal:
             nats = sum(losses) / len(losses)
             record: dict[str, Any] = {"kind": "eval", "step": self.step, "loss": nats, "num_lists": len(losses)}
-            bytes_per_token = getattr(self.batches.valid, "text_bytes", 0) / max(getattr(self.batches.valid, "num_tokens", 1), 1)
-            if bytes_per_token and self.config.model.is_causal:
-                record["bits_per_byte"] = nats / bytes_per_token / 0.6931471805599453
+            if valid.text_bytes and self.config.model.is_causal:
+                record["bits_per_byte"] = nats / math.log(2) * valid.num_tokens / valid.text_bytes
             self._write(record)
 
     def _tensors(self) -> Any:

@@ -21,7 +21,8 @@ from planner.plan import build_request
 from reftrain.batches import open_batches
 from reftrain.checkpoint import CheckpointStore
 from reftrain.config import RunConfig, make_run_config
-from reftrain.parallel import Ranks, check_runnable, make_ranks
+from reftrain.parallel import Ranks, make_ranks
+from reftrain.runnable import check_runnable
 from reftrain.steps import Engine, StepTimes
 
 ROOT = Path(__file__).resolve().parents[2]
