@@ -26,6 +26,7 @@ from reftrain.batches import Batches, open_batches
 from reftrain.checkpoint import CheckpointStore
 from reftrain.config import RunConfig
 from reftrain.guard import SpikeGuard, TrainingDivergedError
+from reftrain.host_memory import keep_freed_memory
 from reftrain.measure import INSTRUMENTED_STEP, WARMUP_STEPS, Instruments, MetricsLog, Summary, read_metrics, summarize
 from reftrain.parallel import Ranks, end_distributed, start_ranks
 from reftrain.prepare_run import hold_folder, on_first_rank, prepare_data, prepare_folder
@@ -59,6 +60,8 @@ def train(config: RunConfig, options: RunOptions, progress: Progress = lambda re
     try:
         check_runnable(config, ranks.device)
         set_numerics(config)
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         with hold_folder(options.out, ranks):
             on_first_rank(ranks, lambda: prepare_folder(config, options.out, options.resume))
             data = options.data or on_first_rank(ranks, lambda: prepare_data(config, options.out))
