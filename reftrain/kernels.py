@@ -14,6 +14,8 @@ from torch import Tensor
 
 __all__ = ["chunk_loss", "linear_cross_entropy", "rms_norm", "rotate"]
 
+# torch 2.13 renamed it, and warns at the old name
+all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 IGNORED = -100
 """A target that takes no part in the loss, as in torch."""
 
@@ -137,25 +139,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def chunk_loss(logits: Tensor, targets: Tensor, first_class: int, group: Any, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
     """(summed loss, its gradient by the logits, written over them); classes may be split over the ranks of `group`."""
     top = logits.max(dim=-1, keepdim=True).values
-    if group is not None:
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     mine = targets - first_class
     is_mine = (mine >= 0) & (mine < logits.shape[-1])
     index = torch.where(is_mine, mine, 0).unsqueeze(-1)
     logits -= top
-    wanted = logits.gather(-1, index).squeeze(-1).masked_fill_(~is_mine, 0.0)
+    wanted = logits.gather(-1, index).squeeze(-1)
     exponentials = logits.exp_()
     sums = exponentials.sum(dim=-1, keepdim=True)
+    share = sums.reciprocal()
     if group is not None:
-        dist.all_reduce(wanted, group=group)
-        dist.all_reduce(sums, group=group)
+        wanted, sums, share = _over_ranks(top, sums, wanted, targets // logits.shape[-1], group)
     counts = targets != IGNORED
     loss = ((sums.squeeze(-1).log() - wanted) * counts).sum()
     if not wants_grad:
         return loss, None
-    grad = exponentials.div_(sums)
+    grad = exponentials.mul_(share)
     grad.scatter_add_(-1, index, -is_mine.unsqueeze(-1).to(grad.dtype))
     return loss, grad.mul_(counts.unsqueeze(-1))
+
+
+def _over_ranks(top: Tensor, sums: Tensor, wanted: Tensor, owners: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax over classes that lie on several ranks, from one message of three numbers a token.
+
+    Shapes: top, sums [T, 1], wanted and owners (the rank that holds each target) [T]; returns the target's logit over the highest
+    of all [T], the sum of all exponentials over the highest [T, 1], and what turns this rank's exponentials into probabilities [T, 1].
+    """
+    ours = torch.cat([top, sums, wanted.unsqueeze(-1)], dim=-1)
+    gathered = ours.new_empty(dist.get_world_size(group) * len(ours), 3)
+    all_gather_into(gathered, ours, group=group)
+    every = gathered.view(-1, *ours.shape)
+    highest = every[..., 0].max(dim=0).values
+    factors = (every[..., 0] - highest).exp()
+    total = (every[..., 1] * factors).sum(dim=0).unsqueeze(-1)
+    theirs = every.gather(0, owners.clamp(0, len(every) - 1).view(1, -1, 1).expand(1, -1, 3)).squeeze(0)
+    wanted = theirs[:, 2] + (theirs[:, 0] - highest)
+    return wanted, total, (top - highest.unsqueeze(-1)).exp() / total
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, num_chunks: int = 8, group: Any = None) -> Tensor:
