@@ -77,12 +77,14 @@ class Numerics:
 
 @dataclass(frozen=True)
 class Transfer:
-    """One collective per microbatch. `num_bytes`: the full buffer (gathered, or to be reduced, or exchanged) per device."""
+    """Collectives of one kind per microbatch. `num_bytes`: their full buffers (gathered, to be reduced, exchanged) per device."""
 
     collective: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "ring"]
     axis: Literal["tp", "cp", "ep"]
     phase: Literal["forward", "backward"]
     num_bytes: Array
+    num_calls: int = 1
+    """Equal messages that carry them."""
 
 
 @dataclass(frozen=True)

@@ -288,7 +288,8 @@ class Loss:
 
     Formula: bytes kept per logit: unfused 4 (fp32 probabilities) beside the logits themselves in compute format and
     fp32; fused: the logits, overwritten by their gradient; chunked: an eighth of that. `workspace_bytes` is the
-    gradient while the backward pass of the head runs.
+    gradient while the backward pass of the head runs. Classes split over t ranks: each token's largest logit, sum of exponentials and
+    target logit, in fp32, summed one after the other (Megatron-LM, arXiv:1909.08053 section 3) or, chunked, gathered at once.
     """
 
     name: str
@@ -312,8 +313,15 @@ class Loss:
             backward_bytes=logits * moved / 2,
             saved={"logits": logits * kept},
             workspace_bytes=logits * transient,
+            transfers=(self._exchange(shard, numerics),),
             num_kernels=4 if numerics.loss_kernel == "unfused" else 1,
         )
+
+    def _exchange(self, shard: Shard, numerics: Numerics) -> Transfer:
+        num_bytes = 3 * 4.0 * shard.tokens * self.token_fraction * (np.asarray(shard.tp) > 1)
+        if numerics.loss_kernel == "chunked":
+            return Transfer("all_gather", "tp", "forward", shard.tp * num_bytes, LOSS_CHUNKS)
+        return Transfer("all_reduce", "tp", "forward", num_bytes, 3)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,9 +118,7 @@ class PartTimes:
 
 
 def _transfer_s(transfers: tuple[Transfer, ...], axis: str, phase: str, groups: AxisGroups, cluster: Cluster) -> Array:
-    return sum(
-        (collective_s(t.collective, t.num_bytes, getattr(groups, axis), cluster) for t in transfers if t.axis == axis and t.phase == phase), 0.0
-    )
+    return sum((group_transfer(t, groups).seconds(cluster) for t in transfers if t.axis == axis and t.phase == phase), 0.0)
 
 
 def _exposed(
@@ -205,17 +203,23 @@ def _is_recomputed(cost: OpCost, dropped: list[Any]) -> bool:
 
 @dataclass(frozen=True)
 class GroupTransfer:
-    """One collective over a data-parallel group, with the full buffer's bytes per device."""
+    """Collectives over a group, with their full buffers' bytes per device."""
 
     collective: str
     num_bytes: Array
     group: Group
     axis: str
     """Field of `AxisGroups`."""
+    num_calls: int = 1
 
     def seconds(self, cluster: Cluster) -> Array:
         """In full, without overlap."""
-        return collective_s(self.collective, self.num_bytes, self.group, cluster)
+        return self.num_calls * collective_s(self.collective, self.num_bytes / self.num_calls, self.group, cluster)
+
+
+def group_transfer(transfer: Transfer, groups: AxisGroups) -> GroupTransfer:
+    """A transfer of an op over the ranks of its axis."""
+    return GroupTransfer(transfer.collective, transfer.num_bytes, getattr(groups, transfer.axis), transfer.axis, transfer.num_calls)
 
 
 def fsdp_transfers(graph: StepGraph, part: Part, groups: AxisGroups, efficiency: Efficiency) -> tuple[list[GroupTransfer], list[GroupTransfer]]:

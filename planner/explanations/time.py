@@ -23,6 +23,7 @@ from planner.timing import (
     exposed_data_parallel,
     exposed_fsdp,
     fsdp_transfers,
+    group_transfer,
     optimizer_bytes,
     part_times,
     repeated_ops,
@@ -158,7 +159,7 @@ def _pass(trace: Trace, key: str, what: str, part: Part, cost: OpCost, left: str
         return explain_kernel(trace, key, cost, name)
     phase, collective = look_up(key, left, ("forward", "backward"))
     transfers = [t for t in cost.transfers if t.axis == _AXES[what] and t.phase == phase]
-    moved = [GroupTransfer(t.collective, t.num_bytes, getattr(trace.groups, t.axis), t.axis) for t in transfers]
+    moved = [group_transfer(t, trace.groups) for t in transfers]
     if collective:
         return _collective(trace, key, collective, moved)
     times = _op_times(trace, part, cost)
@@ -183,18 +184,28 @@ def _collective(trace: Trace, key: str, name: str, transfers: Sequence[GroupTran
     named = {t.collective: t for t in transfers} | {f"{t.axis}_{t.collective}": t for t in transfers}
     found = named[look_up(key, name, list(named))[0]]
     cluster, group = trace.job.cluster, found.group
-    cost = pace(found.collective, found.num_bytes, group, cluster)
+    cost = pace(found.collective, found.num_bytes / found.num_calls, group, cluster)
     value = float(found.seconds(cluster))
     size, domains = float(group.size), float(group.num_domains)
     ranks = f"{size:g} ranks of axis {found.axis}, {float(group.per_domain):g} per scale-up domain"
     link = cluster.scale_up if domains <= 1 or cluster.scale_out is None else cluster.scale_out
+    num_bytes = float(found.num_bytes) / found.num_calls
     inputs = [
-        Input("num_bytes", float(found.num_bytes), f"{found.collective}: the full buffer per device"),
-        Input("traffic_ratio", float(cost.traffic_ratio), f"{found.collective} over {ranks}"),
-        Input("bytes_per_s", float(cost.bytes_per_s), f"{link.name}, bus bandwidth: {link.source}"),
-        Input("latency_s", float(cost.latency_s), f"{ranks}"),
+        Input("num_calls", found.num_calls, "equal messages, one after the other"),
+        Input("num_bytes", num_bytes, f"{found.collective}: the full buffer of one per device"),
     ]
-    formula = "num_bytes * traffic_ratio / bytes_per_s + latency_s" if value else "0"
+    curve = link.curves.get(f"{found.collective}/{size:g}") if domains <= 1 else None
+    if curve is not None:
+        inputs.append(Input("curve_s", float(curve.at(num_bytes)), f"{ranks}: measured at num_bytes, {link.source}"))
+    else:
+        inputs += [
+            Input("traffic_ratio", float(cost.traffic_ratio), f"{found.collective} over {ranks}"),
+            Input("bytes_per_s", float(cost.bytes_per_s), f"{link.name}, bus bandwidth: {link.source}"),
+            Input("latency_s", float(cost.latency_s), f"{ranks}"),
+        ]
+    inputs.append(Input("achieved_fraction", cluster.communication_fraction, "the stack's coefficient of communication"))
+    each = "num_bytes * traffic_ratio / bytes_per_s + latency_s" if curve is None else "curve_s"
+    formula = f"num_calls * ({each}) / achieved_fraction" if value else "0"
     return explained(key, value, formula, inputs, source="planner/collectives.py pace: NVIDIA/nccl-tests doc/PERFORMANCE.md @a0b82b2")
 
 

@@ -132,6 +132,29 @@ def test_a_stack_measured_op_by_op_is_explained(tmp_path: Path) -> None:
     assert trace.plan.time.step_s.value > estimate(request | {"stack": "reftrain"}).time.step_s.value, "the curves are slower, and are used"
 
 
+def test_links_measured_by_size_of_message_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective's curve in place of its bandwidth, over the share that the stack reaches; many small messages cost many calls."""
+    device = read_yaml(DATA_DIR / "hardware_catalog.yaml")["a100-80gb-sxm"] | {"aliases": []}
+    curves = {f"{name}/2": {"sizes": [1e3, 1e6], "seconds": [1e-3, 2e-3]} for name in ("all_reduce", "all_gather", "reduce_scatter")}
+    device["scale_up"] = device["scale_up"] | {"curves": curves}
+    (tmp_path / "catalog.yaml").write_text(to_yaml({"accelerators": {"mine": device}}))
+    monkeypatch.setenv("LLM_PLANNER_HOME", str(tmp_path))
+    slower = {"communication": {"value": 0.8, "evidence": "assumed", "source": "made up for this test"}}
+    stack = tmp_path / "slower.yaml"
+    stack.write_text(to_yaml(read_yaml(DATA_DIR / "stacks" / "reftrain.yaml") | slower))
+    request = _request(LLAMA, "mine", 2, {"tp": 2, "micro_batch_size": 1}, seq_len=1024) | {"stack": str(stack)}
+    trace = Trace.of(build_request(request))
+    test_every_number_is_explained(trace)
+    test_every_child_is_explained(trace)
+    loss = explain_in(trace, "time.breakdown_s.tensor_parallel.head.loss.forward.all_gather")
+    assert loss.value == pytest.approx(8 * curves_at(2 * 12.0 * 1024 / 8) / 0.8)
+
+
+def curves_at(num_bytes: float) -> float:
+    """The made-up curve between its two points, by hand: a straight line in the logarithms."""
+    return 1e-3 * float(2.0 ** (math.log(num_bytes / 1e3) / math.log(1e3)))
+
+
 def test_explanations_are_plain_data_and_readable(trace: Trace) -> None:
     for key in (None, *MAIN_KEYS[:12], "memory.breakdown_bytes.weights.block"):
         if key is not None and key.endswith(".block") and "block" not in {p.name for p in trace.graph.parts}:
