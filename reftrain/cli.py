@@ -12,12 +12,14 @@ from planner.cli import JsonFlag, make_app, run_app
 from planner.errors import InputError, MissingPieceError
 from reftrain.cli_data import data_app, tokenizer_app
 from reftrain.cli_loop import add_commands
+from reftrain.cli_sweep import add_commands as add_sweep_commands
 
 __all__ = ["app", "main"]
 
 app = make_app("Run a plan as it is, and measure it against its prediction.")
 PlanFile = Annotated[str, typer.Argument(metavar="PLAN.yaml", help="A plan file, as `planner estimate --out` writes it.")]
 add_commands(app)
+add_sweep_commands(app)
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 
@@ -50,9 +52,13 @@ def run(
     max_restarts: Annotated[
         int | None, typer.Option("--max-restarts", metavar="N", help="Of a layout's processes when one dies; default 3.", min=0, max=1000)
     ] = None,
+    tune_micro_batch: Annotated[
+        bool, typer.Option("--tune-micro-batch", help="Measure micro-batch sizes first, and run with the fastest that fits.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train as the plan says; also under torchrun."""
+    from reftrain.cli_sweep import tune
     from reftrain.config import load_run_config
     from reftrain.launch import MAX_RESTARTS, is_restarted, is_worker, launch
     from reftrain.prepare_run import check_folder
@@ -61,9 +67,13 @@ def run(
 
     config = load_run_config(plan, _changes(settings, steps, data))
     folder = Path(out) if out else Path(plan).resolve().parent / "runs" / Path(plan).stem
+    arguments = [*sys.argv[1:], *(["--out", str(folder)] if out is None else [])]
+    if tune_micro_batch:
+        tuned = str(tune(config, folder, resume=resume, is_quiet=as_json))
+        config = load_run_config(tuned)
+        arguments = ["run", tuned, "--out", str(folder), *(["--resume"] if resume else []), *(["--json"] if as_json else [])]
     if not is_worker() and config.layout.num_devices > 1:
         check_folder(config, folder, resume)
-        arguments = [*sys.argv[1:], *(["--out", str(folder)] if out is None else [])]
         raise typer.Exit(launch(arguments, folder, config.layout.num_devices, MAX_RESTARTS if max_restarts is None else max_restarts))
     progress, close = make_progress(config, is_quiet=as_json)
     try:
