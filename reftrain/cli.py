@@ -11,6 +11,7 @@ import typer
 from planner.cli import JsonFlag, make_app, run_app
 from planner.errors import InputError, MissingPieceError
 from reftrain.cli_data import data_app, tokenizer_app
+from reftrain.cli_dry_run import add_commands as add_dry_run
 from reftrain.cli_loop import add_commands
 from reftrain.cli_sweep import add_commands as add_sweep_commands
 
@@ -19,6 +20,7 @@ __all__ = ["app", "main"]
 app = make_app("Run a plan as it is, and measure it against its prediction.")
 PlanFile = Annotated[str, typer.Argument(metavar="PLAN.yaml", help="A plan file, as `planner estimate --out` writes it.")]
 add_commands(app)
+add_dry_run(app)
 add_sweep_commands(app)
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")

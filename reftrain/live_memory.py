@@ -1,4 +1,4 @@
-"""Exact bytes of live tensors: every storage that an op makes is counted until it is freed.
+"""Exact bytes of live tensors: every storage that an op takes or makes is counted until it is freed.
 
 Works on every device and under fake tensors. What a library takes inside one op (scratch of a matmul) is not seen.
 """
@@ -10,16 +10,24 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["LiveMemory"]
+__all__ = ["LiveMemory", "held"]
+
+
+def held(tensor: Tensor) -> Tensor:
+    """The tensor whose storage a wrapper (a DTensor, a promise of a collective's result) stands for."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor._local_tensor
+    return tensor.elem if isinstance(tensor, AsyncCollectiveTensor) else tensor
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts live bytes while it is on; `peak_bytes` is the largest sum seen after any op.
+    """Counts live bytes while it is on; `peak_bytes` is the largest sum seen around any op.
 
     Args:
         rounding_bytes: an allocator's block size; 1 for none.
@@ -31,7 +39,7 @@ class LiveMemory(TorchDispatchMode):
         self._rounding_bytes = rounding_bytes
         self._sizes: dict[int, int] = {}
         for tensor in existing:
-            self._see(tensor)
+            self.see(tensor)
         self.start_bytes = self.live_bytes
 
     def __enter__(self) -> LiveMemory:
@@ -41,7 +49,7 @@ class LiveMemory(TorchDispatchMode):
         def told(change: Any) -> Any:
             def run(tensor: Tensor) -> None:
                 change(tensor)
-                self._see(tensor)
+                self.see_gathered(tensor)
 
             return run
 
@@ -54,25 +62,41 @@ class LiveMemory(TorchDispatchMode):
         super().__exit__(*args)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the op, then looks at what it made."""
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
+        """Looks at what the op takes (it may have been there before), runs it, and looks at what it made."""
+        kwargs = kwargs or {}
+        self.see_all((args, kwargs))
+        out = func(*args, **kwargs)
+        self.see_all(out)
         return out
 
-    def _see(self, tensor: Tensor) -> None:
-        if isinstance(tensor, DTensor):
-            tensor = tensor._local_tensor
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+    def see_all(self, values: Any) -> None:
+        """Sees every tensor in nested lists, tuples and dicts."""
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, Tensor):
+                self.see(leaf)
+
+    def see_gathered(self, tensor: Tensor) -> None:
+        """Sees a parameter that FSDP has gathered or dropped."""
+        self.see(tensor)
+
+    def see(self, tensor: Tensor) -> int:
+        """Counts a tensor's storage, with its present size, until it is freed; returns the storage's key."""
+        storage = held(tensor).untyped_storage()
+        key: int = storage._cdata
         num_bytes = -(-storage.nbytes() // self._rounding_bytes) * self._rounding_bytes
-        if key not in self._sizes:
+        before = self._sizes.get(key)
+        if before is None:
             weakref.finalize(storage, self._forget, key)
-            self._sizes[key] = 0
-        self.live_bytes += num_bytes - self._sizes[key]
-        self._sizes[key] = num_bytes
+            before = self._sizes[key] = 0
+        if num_bytes != before:
+            self._sizes[key] = num_bytes
+            self.changed(key, num_bytes - before)
+        return key
+
+    def changed(self, key: int, num_bytes: int) -> None:
+        """A storage has grown by `num_bytes`, or shrunk."""
+        self.live_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _forget(self, key: int) -> None:
-        self.live_bytes -= self._sizes.pop(key, 0)
+        self.changed(key, -self._sizes.pop(key, 0))

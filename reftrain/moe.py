@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn import functional
 
@@ -14,6 +16,13 @@ from reftrain.config import ModelDetails
 from reftrain.layers import FeedForward, Linear, activate
 
 __all__ = ["Experts", "Mixture", "Router"]
+
+
+def row_counts(counts: Tensor, num_rows: int) -> list[int]:
+    """How many rows each expert (or rank) gets. Fake tensors have no values: they stand for `num_rows` spread evenly."""
+    if isinstance(counts, FakeTensor):
+        return [len(part) for part in np.array_split(range(num_rows), len(counts))]
+    return counts.tolist()
 
 
 class Router(nn.Module):
@@ -110,7 +119,8 @@ class Mixture(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         source = order // chosen.shape[1]
         counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
-        through = self._exchange(tokens[source], counts) if self.axes.ep_mesh is not None else self.experts(tokens[source], counts.tolist())
+        rows = tokens[source]
+        through = self._exchange(rows, counts) if self.axes.ep_mesh is not None else self.experts(rows, row_counts(counts, len(source)))
         out = torch.zeros_like(tokens).index_add(0, source, through * weights.flatten()[order].unsqueeze(-1)).view_as(inside)
         if self.axes.ep_mesh is None:
             out = self.axes.leave(out)
@@ -127,11 +137,11 @@ class Mixture(nn.Module):
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts, group=group)
         sent, received = counts.view(ep, -1), arriving.view(ep, -1)
-        to_send, to_receive = sent.sum(1).tolist(), received.sum(1).tolist()
+        to_send, to_receive = row_counts(sent.sum(1), len(rows)), row_counts(received.sum(1), len(rows))
         there = all_to_all_single_autograd(rows, to_receive, to_send, group)
         # They arrive by rank, then expert; experts want them by expert.
-        expert = torch.arange(received.shape[1], device=rows.device).repeat(ep).repeat_interleave(received.flatten())
+        expert = torch.arange(received.shape[1], device=rows.device).repeat(ep).repeat_interleave(received.flatten(), output_size=len(there))
         order = expert.argsort(stable=True)
-        done = self.experts(there[order], received.sum(0).tolist())
+        done = self.experts(there[order], row_counts(received.sum(0), len(there)))
         back = torch.empty_like(done).index_copy(0, order, done)
         return all_to_all_single_autograd(back, to_send, to_receive, group)

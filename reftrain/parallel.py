@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -154,9 +155,10 @@ def build_model_parts(config: RunConfig, ranks: Ranks) -> list[nn.Module]:
     parts: list[nn.Module] = []
     num_chunks = layout.pp * layout.num_virtual_stages
     sizes = chunk_sizes(config.model.num_layers, num_chunks)
+    is_fake = active_fake_mode() is not None  # costs no memory on any device, and torch cannot move it off the meta device
     for chunk in range(ranks.pp_rank, num_chunks, layout.pp):
         layers = range(sum(sizes[:chunk]), sum(sizes[: chunk + 1]))
-        with torch.device("meta"):
+        with torch.device(ranks.device if is_fake else "meta"):
             part = Transformer(config.model, config.details, config.kernels, layers=layers, is_first=chunk == 0, is_last=chunk == num_chunks - 1)
         part.dtype = config.compute_dtype
         part.set_axes(ranks.axes)
@@ -165,7 +167,8 @@ def build_model_parts(config: RunConfig, ranks: Ranks) -> list[nn.Module]:
             for block in part.blocks.values():
                 block.compile()
         _shard(part, config, ranks)
-        part.to_empty(device=ranks.device)
+        if not is_fake:
+            part.to_empty(device=ranks.device)
         initialize(part, config.training.seed)
         part.positions.place(config.seq_len, ranks.device, config.compute_dtype, ranks.axes)
         parts.append(part.train())
