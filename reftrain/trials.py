@@ -95,6 +95,8 @@ class Child:
 
     def run(self, arguments: Sequence[str], log: Path, look: Callable[[], None] = lambda: None) -> int:
         """The exit status, negative for the signal that ended it. What it says goes to `log`; `look` is called now and then."""
+        if self.stop_signal:
+            return 130
         with log.open("ab") as file:
             # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
             self.process = subprocess.Popen(
