@@ -120,17 +120,16 @@ def _simulate(config: RunConfig, stage: int, count: int, rounding_bytes: int) ->
 def _one_step(engine: Engine, ledger: Ledger, microbatches: list[tuple[Tensor, Tensor]], step: int) -> None:
     with ledger.during("forward"):
         loss = engine.forward_backward(microbatches, StepTimes())
-    names = {id(parameter): name for model in engine.models for name, parameter in model.named_parameters()}
-    for parameter, grad in local_gradients(engine.parts):
-        ledger.mark(grad, "gradients").module = names[id(parameter)].rpartition(".")[0]
+    places = {id(weight): name.rpartition(".")[0] for model in engine.models for name, weight in model.named_parameters()}
+    for weight, grad in local_gradients(engine.parts):
+        ledger.mark(grad, "gradients").module = places[id(weight)]
     with ledger.during("clip"):
         _, norm = engine.agree(loss)
     with ledger.during("optimizer"):
         engine.update(step, norm)
     for optimizer in engine.optimizers:
         for parameter, state in optimizer.state.items():
-            place = names[id(parameter)].rpartition(".")[0]
-            ledger.hold(((place, value) for value in state.values() if isinstance(value, Tensor)), "optimizer")
+            ledger.hold(((places[id(parameter)], value) for value in state.values() if isinstance(value, Tensor)), "optimizer")
     if step == 0:
         _watch_gathered_gradients(engine, ledger)
 

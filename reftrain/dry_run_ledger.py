@@ -81,7 +81,7 @@ class Step:
     """What had been moved when each forward pass of a model part began."""
 
 
-class Ledger(LiveMemory):
+class Ledger(LiveMemory):  # type: ignore[no-untyped-call]
     """Writes down every storage of one simulated rank while it is on.
 
     Args:

@@ -15,16 +15,17 @@ NUM_ROWS = 12
 
 def render(found: DryRun) -> str:
     """What a person reads: each stage's peak by category, module and tensor, then FLOPs and traffic."""
-    lines = [f"peak {_size(found.peak_bytes)} (largest of {len(found.stages)} stage{'s' * (len(found.stages) > 1)}), "
-             f"{found.num_simulated_microbatches} of {found.num_microbatches} microbatches simulated in {found.wall_s:.1f} s"]  # fmt: skip
+    which = f"largest of {len(found.stages)} stages" if len(found.stages) > 1 else "one stage"
+    how = f"{found.num_simulated_microbatches} of {found.num_microbatches} microbatches simulated in {found.wall_s:.1f} s"
+    lines = [f"peak {_size(found.peak_bytes)} ({which}), {how}"]
     for stage in found.stages:
         lines += ["", *_stage(stage)]
     return "\n".join(lines) + "\n"
 
 
 def _stage(stage: StageDryRun) -> list[str]:
-    lines = [f"stage {stage.stage} (rank {stage.rank}): peak {_size(stage.peak_bytes)} in {stage.peak_phase}, "
-             f"{_size(stage.between_steps_bytes)} between steps"]  # fmt: skip
+    where = f"in {stage.peak_phase}, {_size(stage.between_steps_bytes)} between steps"
+    lines = [f"stage {stage.stage} (rank {stage.rank}): peak {_size(stage.peak_bytes)} {where}"]
     lines += _table("at the peak", [(name, _size(size)) for name, size in stage.breakdown_bytes.items() if size])
     lines += _table("by module", [(name, _size(sum(sizes.values()))) for name, sizes in list(stage.modules_bytes.items())[:NUM_ROWS]])
     tensors = [
@@ -32,10 +33,10 @@ def _stage(stage: StageDryRun) -> list[str]:
     ]
     lines += _table("largest tensors", tensors)
     lines += _table("FLOPs of a step", [(op, f"{count:.4g}") for op, count in sorted(stage.flops.items(), key=lambda pair: -pair[1])])
-    return lines + _table(
-        "traffic of a step", [(f"{t['calls']} {t['collective']} over {t['axis']}", f"{_size(t['input_bytes'])} in, {_size(t['output_bytes'])} out")
-                              for t in stage.traffic]
-    )  # fmt: skip
+    moved = [
+        (f"{t['calls']} {t['collective']} over {t['axis']}", f"{_size(t['input_bytes'])} in, {_size(t['output_bytes'])} out") for t in stage.traffic
+    ]
+    return lines + _table("traffic of a step", moved)
 
 
 def _table(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:

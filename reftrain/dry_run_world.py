@@ -84,8 +84,8 @@ class FakeReducer:
 
 def adapt_ddp(part: DistributedDataParallel) -> None:
     """Keeps DDP from reading values."""
-    part.register_comm_hook(None, reduce_bucket)  # type: ignore[no-untyped-call]
-    part.reducer = FakeReducer(part.reducer)
+    part.register_comm_hook(None, reduce_bucket)
+    part.reducer = FakeReducer(part.reducer)  # type: ignore[assignment]
 
 
 def reduce_bucket(_state: Any, bucket: Any) -> torch.futures.Future[Tensor]:
