@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import InputError
-from planner.files import read_json, read_yaml
-from planner.plan import COMMUNICATION_PARTS
-from reftrain.measure import read_metrics
+from planner.plan import COMMUNICATION_PARTS, build_request
+from planner.run_files import Prediction, RunSummary, TimePrediction, read_plan, read_prediction, read_summary
+from reftrain.measure import WARMUP_STEPS, read_metrics
 
 __all__ = ["Comparison", "Metric", "compare_run", "to_dict"]
 
@@ -27,24 +27,29 @@ class Metric:
 
     name: str
     unit: str
-    predicted: float
+    predicted: float | None
+    """None: the planner does not know it, and `note` says why."""
     measured: float
     low: float | None = None
     high: float | None = None
     gates: bool = True
     """Whether it decides the exit status; the loss law was fitted on far larger runs, and does not."""
+    note: str = ""
 
     @property
-    def error_fraction(self) -> float:
-        """Predicted over measured, less 1."""
-        return self.predicted / self.measured - 1 if self.measured else math.nan
+    def error_fraction(self) -> float | None:
+        """Predicted over measured, less 1; None where there is nothing to divide."""
+        return self.predicted / self.measured - 1 if self.predicted is not None and self.measured else None
 
-    def is_inside(self, tolerance_fraction: float | None) -> bool:
-        """Measured inside the interval, or within the tolerance where one is given (or there is no interval)."""
+    def is_inside(self, tolerance_fraction: float | None) -> bool | None:
+        """Measured inside the interval, or within the tolerance where one is given (or there is no interval); None: nothing to judge by."""
+        error = self.error_fraction
+        if error is None:
+            return None
         if tolerance_fraction is None and self.low is not None and self.high is not None:
             return self.low <= self.measured <= self.high
         limit = FLOPS_TOLERANCE_FRACTION if self.unit.startswith("FLOP") or tolerance_fraction is None else tolerance_fraction
-        return abs(self.error_fraction) <= limit
+        return abs(error) <= limit
 
 
 @dataclass(frozen=True)
@@ -66,85 +71,98 @@ class Comparison:
     @property
     def is_within(self) -> bool:
         """Whether every metric that gates is inside."""
-        return all(metric.is_inside(self.tolerance_fraction) for metric in self.metrics if metric.gates)
+        return all(metric.is_inside(self.tolerance_fraction) is not False for metric in self.metrics if metric.gates)
 
 
 def compare_run(folder: str | Path, tolerance_fraction: float | None = None) -> Comparison:
     """Puts `summary.json` and `metrics.jsonl` of a run beside the prediction in its `plan.yaml`.
 
     Raises:
-        InputError: not a run's folder, a run that is not over, or a plan without a prediction.
+        InputError: not a run's folder, a run that is not over or measured nothing, a plan without a prediction, a damaged file.
     """
     folder = Path(folder)
-    plan, summary = _read(folder)
-    prediction, tokens = plan["prediction"], summary["tokens_per_step"]
-    time, memory = prediction["time"], prediction["memory"]
-    metrics = []
-    if "step_s" in summary:
-        step = time["step_s"]
-        metrics.append(Metric("step time", "s", step["value"], summary["step_s"]["median"], step["low"], step["high"]))
-        metrics.append(Metric("tokens/s", "tokens/s", tokens / step["value"], summary["tokens_per_s"], tokens / step["high"], tokens / step["low"]))
-    if summary.get("peak_bytes"):
-        peak = memory["peak_bytes"]
-        metrics.append(Metric("peak memory", "bytes", peak["value"], summary["peak_bytes"], peak["low"], peak["high"]))
-    if summary.get("flops_per_step") and "counted_per_token" in prediction["flops"]:
-        metrics.append(Metric("FLOPs per step", "FLOP", prediction["flops"]["counted_per_token"] * tokens, summary["flops_per_step"]))
-    metrics += _loss_metrics(prediction.get("loss"), summary)
-    records = read_metrics(folder / "metrics.jsonl")
-    steps = [record for record in records if record.get("kind") == "step"]
-    notes = [] if summary["is_complete"] else ["the run was stopped before its end"]
+    plan, where = read_plan(folder), str(folder / "plan.yaml")
+    request, prediction, summary = build_request(plan, where), read_prediction(plan, where), read_summary(folder)
+    metrics = _cost_metrics(prediction, summary)
+    if not metrics:
+        raise InputError.single("RUN_DIR", str(folder), "the run measured nothing: its first step takes no part", "run it for at least 10 steps")
+    steps = [record for record in _read_log(folder) if record.get("kind") == "step"]
     return Comparison(
         run=str(folder),
-        device=summary["device"],
-        accelerator=str(plan["cluster"]["accelerator"]),
-        metrics=tuple(metrics),
-        phases=tuple(_phases(time, summary)),
+        device=summary.device,
+        accelerator=str(request.cluster.accelerator),
+        metrics=(*metrics, *_loss_metrics(prediction, summary)),
+        phases=tuple(_phases(prediction.time, summary.breakdown_s)),
         losses=tuple((record["step"], record["loss"]) for record in steps if isinstance(record["loss"], float)),
         step_s=tuple(record["step_s"] for record in steps if record.get("timed")),
         tolerance_fraction=tolerance_fraction,
-        notes=tuple(notes),
+        notes=tuple(_notes(prediction, summary)),
     )
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not (folder / "plan.yaml").is_file():
-        raise InputError.single("RUN_DIR", str(folder), "must be a folder that `reftrain run` wrote", "name such a folder")
-    if not (folder / "summary.json").is_file():
-        fix = f"let it end, or go on with it: python -m reftrain run {folder / 'plan.yaml'} --out {folder} --resume"
-        raise InputError.single("RUN_DIR", str(folder), "holds no summary.json: the run is not over", fix)
-    plan, summary = read_yaml(folder / "plan.yaml"), read_json(folder / "summary.json")
-    if not isinstance(plan, dict) or not isinstance(plan.get("prediction"), dict):
-        fix = "write the plan with `python -m planner estimate PLAN.yaml --out PLAN.yaml` before it runs"
-        raise InputError.single("prediction", None, "the run's plan carries no prediction to compare with", fix, str(folder / "plan.yaml"))
-    return plan, summary
+def _read_log(folder: Path) -> list[dict[str, Any]]:
+    if not (folder / "metrics.jsonl").is_file():
+        raise InputError.single("RUN_DIR", str(folder), "holds no metrics.jsonl: the log of the steps is gone", "put it back, or run the plan again")
+    return read_metrics(folder / "metrics.jsonl")
 
 
-def _loss_metrics(predicted: dict[str, Any] | None, summary: dict[str, Any]) -> list[Metric]:
-    """The loss law's guess beside the held-out loss, or the mean of the last tenth of the training steps."""
-    measured = summary.get("eval", {}).get("loss", summary.get("recent_loss"))
-    if predicted is None or measured is None:
+def _cost_metrics(prediction: Prediction, summary: RunSummary) -> list[Metric]:
+    """Time, memory and FLOPs, as far as the run was long enough to measure them."""
+    step, peak, tokens = prediction.time.step_s, prediction.memory.peak_bytes, summary.tokens_per_step
+    metrics = []
+    if summary.step_s is not None:
+        measured_s = summary.step_s.median
+        metrics.append(Metric("step time", "s", step.value, measured_s, step.low, step.high))
+        metrics.append(Metric("tokens/s", "tokens/s", tokens / step.value, tokens / measured_s, tokens / step.high, tokens / step.low))
+    if summary.peak_bytes is not None:
+        metrics.append(Metric("peak memory", "bytes", peak.value, summary.peak_bytes, peak.low, peak.high))
+    if summary.flops_per_step:
+        metrics.append(Metric("FLOPs per step", "FLOP", prediction.flops.counted_per_token * tokens, summary.flops_per_step))
+    return metrics
+
+
+def _loss_metrics(prediction: Prediction, summary: RunSummary) -> list[Metric]:
+    """The loss law's guess beside the held-out loss, or the mean of the last tenth of the training steps; and bits per byte, which no law knows."""
+    held_out = summary.eval
+    measured = summary.recent_loss if held_out is None else held_out.loss
+    if measured is None:
         return []
-    nats, perplexity = predicted["nats_per_token"], predicted["perplexity"]
-    return [
-        Metric("loss", "nats/token", nats["value"], measured, nats["low"], nats["high"], gates=False),
-        Metric("perplexity", "", perplexity["value"], math.exp(min(measured, 700.0)), perplexity["low"], perplexity["high"], gates=False),
-    ]
+    name, perplexity = "training loss" if held_out is None else "held-out loss", math.exp(min(measured, 700.0))
+    if prediction.loss is None or prediction.law_limits:
+        note = "no law for this job" if prediction.loss is None else "outside the law's range"
+        found = [Metric(name, "nats/token", None, measured, gates=False, note=note)]
+    else:
+        nats, guess = prediction.loss.nats_per_token, prediction.loss.perplexity
+        found = [
+            Metric(name, "nats/token", nats.value, measured, nats.low, nats.high, gates=False),
+            Metric("perplexity", "", guess.value, perplexity, guess.low, guess.high, gates=False),
+        ]
+    if held_out is not None and held_out.bits_per_byte is not None:
+        found.append(Metric("held-out bits per byte", "", None, held_out.bits_per_byte, gates=False, note="not predicted"))
+    return found
 
 
-def _phases(time: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, float, float | None]]:
+def _notes(prediction: Prediction, summary: RunSummary) -> list[str]:
+    """What a reader must know about the table."""
+    notes = [] if summary.is_complete else ["the run was stopped before its end"]
+    if summary.step_s is None:
+        notes.append(f"too few steps to time: the first {WARMUP_STEPS} of a process are warm-up")
+    return notes + prediction.law_limits
+
+
+def _phases(time: TimePrediction, measured: dict[str, float]) -> list[tuple[str, float, float | None]]:
     """Forward, backward, optimizer and data, as far as each side knows them."""
-    measured = summary.get("breakdown_s", {})
-    num, parts = time["num_microbatches"], time["breakdown_s"]
-    forward, backward = max(time["stage_forward_s"]) * num, max(time["stage_backward_s"]) * num
+    num, parts = time.num_microbatches, time.breakdown_s
+    forward, backward = max(time.stage_forward_s) * num, max(time.stage_backward_s) * num
     found: list[tuple[str, float, float | None]] = []
     if "forward_backward" in measured:
-        found.append(("forward and backward", forward + backward + parts["pipeline_transfer_and_bubble"], measured["forward_backward"]))
+        found.append(("forward and backward", forward + backward + parts.pipeline_transfer_and_bubble, measured["forward_backward"]))
     else:
         found.append(("forward", forward, measured.get("forward")))
-        found.append(("backward", backward + parts["data_parallel"], measured.get("backward")))
-    found.append(("optimizer", parts["optimizer"], measured.get("optimizer")))
+        found.append(("backward", backward + parts.data_parallel, measured.get("backward")))
+    found.append(("optimizer", parts.optimizer, measured.get("optimizer")))
     found.append(("data", 0.0, measured.get("data")))
-    found.append(("of which communication", sum(parts[name] for name in COMMUNICATION_PARTS), measured.get("communication")))
+    found.append(("of which communication", sum(getattr(parts, name) for name in COMMUNICATION_PARTS), measured.get("communication")))
     return found
 
 

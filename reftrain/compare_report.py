@@ -21,10 +21,20 @@ th:first-child,td:first-child{text-align:left}svg{max-width:100%;height:auto}.ou
 
 
 def _cells(metric: Metric, tolerance: float | None) -> list[str]:
+    """One row: name, predicted, measured, error, interval, verdict."""
+    measured, error = with_unit(metric.measured, metric.unit), metric.error_fraction
+    if metric.predicted is None or error is None:
+        return [metric.name, metric.note, measured, "", "", "not judged"]
     interval = "" if metric.low is None or metric.high is None else f"{with_unit(metric.low, metric.unit)} to {with_unit(metric.high, metric.unit)}"
     verdict = "inside" if metric.is_inside(tolerance) else "outside"
-    shown = with_unit(metric.predicted, metric.unit), with_unit(metric.measured, metric.unit)
-    return [metric.name, *shown, f"{metric.error_fraction:+.1%}", interval, verdict + ("" if metric.gates else " (no gate)")]
+    return [
+        metric.name,
+        with_unit(metric.predicted, metric.unit),
+        measured,
+        f"{error:+.1%}",
+        interval,
+        verdict + ("" if metric.gates else " (no gate)"),
+    ]
 
 
 HEADER = ["", "predicted", "measured", "error", "80% interval", "verdict"]
@@ -108,7 +118,7 @@ def _plot_loss(axes: Any, comparison: Comparison) -> None:
 def _plot_steps(axes: Any, comparison: Comparison) -> None:
     axes.plot([1e3 * s for s in comparison.step_s], ".", color=MEASURED, markersize=3, label="measured")
     metric = next((metric for metric in comparison.metrics if metric.name == "step time"), None)
-    if metric is not None and metric.low is not None and metric.high is not None:
+    if metric is not None and metric.predicted is not None and metric.low is not None and metric.high is not None:
         axes.axhline(1e3 * metric.predicted, color=PREDICTED, label="predicted")
         axes.axhspan(1e3 * metric.low, 1e3 * metric.high, color=PREDICTED, alpha=0.15, label="80% interval")
     axes.set(title="Step time", xlabel="timed step", ylabel="ms", ylim=(0, None))
