@@ -51,7 +51,8 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     """The run's plan file, but for the number of steps."""
     return {
         "schema_version": 1, "model": MODEL, "cluster": {"accelerator": "cpu-local", "num_devices": 1},
-        "layout": {"micro_batch_size": BATCH}, "workload": {"seq_len": SEQ_LEN, "global_batch_size": BATCH, "precision": options.precision},
+        "layout": {"micro_batch_size": BATCH},
+        "workload": {"seq_len": SEQ_LEN, "global_batch_size": BATCH, "precision": options.precision, "optimizer": options.optimizer},
         "training": {
             "data": str(options.out / "data"), "learning_rate": options.learning_rate, "lr_schedule": options.schedule, "decay_fraction": 0.3,
             "min_lr_fraction": 0.02, "weight_decay": options.weight_decay, "beta2": 0.98, "checkpoint_every_steps": 500,
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--out", type=Path, default=Path("learning"), help="data, run and result; a cut run there goes on")
     parser.add_argument("--order", type=int, default=4, help="words in an n-gram")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--schedule", choices=("wsd", "cosine"), default="wsd")
     parser.add_argument("--weight-decay", type=float, default=0.1)

@@ -233,7 +233,7 @@ def race(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     for block in range(options.blocks):
         for role in ROLES[block % 3 :] + ROLES[: block % 3]:
             seconds[role].append(turn(role, options.block_steps))
-    found: dict[str, Any] = {"size": case.size, "precision": case.precision}
+    found: dict[str, Any] = {"size": case.size, "precision": case.precision, "parameters": parameter_count(Transformer(case.config.model))}
     for role in ROLES:
         lines[role].send(0)
         report = lines[role].recv()
@@ -275,31 +275,41 @@ def main() -> None:
         options.sizes, options.blocks, options.block_steps, options.overhead_steps = ["1M"], 3, 1, 4
     console = Console(stderr=True)
     result: dict[str, Any] = {"torch": torch.__version__, "num_threads": options.threads, "speed": [], "overhead": []}
+    if not options.json:
+        print(f"{'':8s}{'params':>12s}{'':>18s}{'tokens/s':>10s}{'ms/step':>9s}{'reftrain is':>26s}{'tensors':>10s}{'process':>10s}  loss within")
     with tempfile.TemporaryDirectory() as folder:
-        cases = [Case(size, precision, Path(folder)) for size in options.sizes for precision in options.precisions]
-        for case in cases:
+        for case in (Case(size, precision, Path(folder)) for size in options.sizes for precision in options.precisions):
             console.print(f"{case.size} {case.precision}")
-            result["speed"].append(race(case, options))
-            result["overhead"].append(overhead(case, options))
-        counts = {case.size: parameter_count(Transformer(case.config.model)) for case in cases}
+            speed, measuring = race(case, options), overhead(case, options)
+            result["speed"].append(speed)
+            result["overhead"].append(measuring)
+            if not options.json:
+                print(speed_text(speed) + overhead_text(measuring), flush=True)
     if options.json:
-        sys.stdout.write(json.dumps({**result, "parameters": counts}) + "\n")
-        return
-    print(f"{'':8s}{'params':>12s}{'':>18s}{'tokens/s':>10s}{'ms/step':>9s}{'reftrain is':>26s}{'tensors':>10s}{'process':>10s}  loss within")
-    for row in result["speed"]:
-        for role in ROLES:
-            it = row[role]
-            ratio, megabytes = it.get("ratio"), [it[key] / 1e6 for key in ("tensor_bytes", "process_bytes")]
-            ahead = f"{ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f}) as fast" if ratio else ""
-            head = f"{row['size']:>3s} {row['precision']}{counts[row['size']]:12,}  {role:16s}"
-            speed = f"{it['tokens_per_s']:10,.0f}{1e3 * it['step_s']['median']:9.0f}"
-            print(head + speed + f"{ahead:>26s}{megabytes[0]:7.0f} MB{megabytes[1]:7.0f} MB", f"{it['max_loss_difference']:9.1e}" if ratio else "")
-    for row in result["overhead"]:
-        pairs = row["pairwise"]
-        print(
-            f"overhead {row['size']:>3s} {row['precision']}: {row['overhead_fraction']:+.2%} of {1e3 * row['bare_s']:.0f} ms (medians of "
-            f"{row['num_pairs']}); pairs {pairs['median']:+.2%} ({pairs['low']:+.2%} to {pairs['high']:+.2%})"
-        )
+        sys.stdout.write(json.dumps(result) + "\n")
+
+
+def speed_text(row: dict[str, Any]) -> str:
+    """A line for each role."""
+    lines = []
+    for role in ROLES:
+        it = row[role]
+        ratio, megabytes = it.get("ratio"), [it[key] / 1e6 for key in ("tensor_bytes", "process_bytes")]
+        ahead = f"{ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f}) as fast" if ratio else ""
+        head = f"{row['size']:>3s} {row['precision']}{row['parameters']:12,}  {role:16s}"
+        speed = f"{it['tokens_per_s']:10,.0f}{1e3 * it['step_s']['median']:9.0f}"
+        difference = f"{it['max_loss_difference']:9.1e}" if ratio else ""
+        lines.append(f"{head}{speed}{ahead:>26s}{megabytes[0]:7.0f} MB{megabytes[1]:7.0f} MB{difference}\n")
+    return "".join(lines)
+
+
+def overhead_text(row: dict[str, Any]) -> str:
+    """One line."""
+    pairs = row["pairwise"]
+    return (
+        f"         overhead of measuring {row['overhead_fraction']:+.2%} of {1e3 * row['bare_s']:.0f} ms (medians of {row['num_pairs']}); "
+        f"pairs {pairs['median']:+.2%} ({pairs['low']:+.2%} to {pairs['high']:+.2%})"
+    )
 
 
 if __name__ == "__main__":
