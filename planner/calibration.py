@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from planner.errors import InputError
+from planner.errors import InputError, Problem
 from planner.estimate import estimate
-from planner.files import read_json, read_yaml, to_yaml, write_text
+from planner.files import to_json, to_yaml, write_text
 from planner.plan import COMMUNICATION_PARTS, Plan, Request, build_request
+from planner.run_files import read_plan, read_summary
 from planner.spec import build
 from planner.stack import StackSpec, load_stack
 
@@ -29,7 +30,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "memory": ("memory_bound", "optimizer"),
     "communication": COMMUNICATION_PARTS,
 }
-"""Coefficient of the stack -> the parts of a step's time that it divides."""
+"""Coefficient of the stack -> the parts of a step's time that it divides; `recompute` is shared out among them."""
+RECOMPUTED = ("matmul", "grouped_matmul", "attention", "memory_bound", "tensor_parallel", "context_parallel", "expert_parallel")
+"""Parts of a step that full recompute runs once more."""
 PRIOR_WEIGHT = 0.02
 """Weight of staying where one was, against the mean squared relative error of the runs; chosen on no run: a fifth of a kind's time may
 move freely when ten runs ask for it."""
@@ -85,12 +88,10 @@ def read_run(folder: str | Path) -> Run:
         InputError: no such run, or one without timed steps.
     """
     folder = Path(folder)
-    if not (folder / "summary.json").is_file():
-        raise InputError.single("RUN_DIR", str(folder), "holds no summary.json: not a finished run", "name folders that `reftrain run` wrote")
-    summary, plan = read_json(folder / "summary.json"), read_yaml(folder / "plan.yaml")
-    if "step_s" not in summary:
+    plan, summary = read_plan(folder), read_summary(folder)
+    if summary.step_s is None or summary.peak_bytes is None:
         raise InputError.single("RUN_DIR", str(folder), "the run has no timed steps", "run it for at least 10 steps")
-    return Run(str(folder), build_request(plan, str(folder / "plan.yaml")), float(summary["step_s"]["median"]), float(summary["peak_bytes"]))
+    return Run(str(folder), build_request(plan, str(folder / "plan.yaml")), summary.step_s.median, summary.peak_bytes)
 
 
 def calibrate(runs: Sequence[Run], stack_name: str | None = None, name: str | None = None) -> Calibration:
@@ -98,23 +99,23 @@ def calibrate(runs: Sequence[Run], stack_name: str | None = None, name: str | No
 
     Formula: minimizes mean((sum_k x_k t_ik / y_i - 1)^2) + PRIOR_WEIGHT * mean((x_k - 1)^2) over the time factors x_k of the kinds
     k, where t_ik are the predicted seconds of kind k in run i and y_i the measured ones; the new coefficient is the old one over x_k.
-    The interval is the 10th to 90th percentile of measured over predicted, each predicted by a fit without that run.
+    The interval is the 10th to 90th percentile of measured over predicted, each predicted by a fit without the runs of that configuration.
+    Left out: how far slower work hides more communication or stretches a pipeline's bubble (about 1% of a step).
 
     Args:
         stack_name: the stack to start from; None: the runs' own.
         name: of the new stack; None: the old one's with `-calibrated`.
 
     Raises:
-        InputError: fewer than three runs, or runs of several stacks.
+        InputError: fewer than three configurations, a run named twice, or runs of several stacks.
     """
-    if len(runs) < LEAST_RUNS:
-        raise InputError.single("RUN_DIR", len(runs), f"a fit needs at least {LEAST_RUNS} runs", "measure more, of different sizes")
+    _check_runs(runs)
     plans = [estimate(run.request if stack_name is None else run.request.model_copy(update={"stack": stack_name})) for run in runs]
-    start = _common_stack(plans)
-    times = np.array([[sum(plan.time.breakdown_s[part] for part in parts) for parts in KINDS.values()] for plan in plans])
+    start, groups = _common_stack(plans), _configurations(plans)
+    times = np.array([_seconds_by_kind(plan) for plan in plans])
     measured = np.array([run.step_s for run in runs])
     factors = _fit(times, measured)
-    left_out = np.array([times[i] @ _fit(np.delete(times, i, 0), np.delete(measured, i)) for i in range(len(runs))])
+    left_out = np.array([times[i] @ _fit(times[groups != groups[i]], measured[groups != groups[i]]) for i in range(len(runs))])
     before, after = times.sum(axis=1), times @ factors
     memory = np.array([run.peak_bytes / plan.memory.peak_bytes.value for run, plan in zip(runs, plans, strict=True)])
     stack = _new_stack(load_stack(start), name or f"{start}-calibrated", factors, measured / left_out, memory, runs)
@@ -124,6 +125,44 @@ def calibrate(runs: Sequence[Run], stack_name: str | None = None, name: str | No
     )
     errors = [float(np.median(np.abs(predicted / measured - 1))) for predicted in (before, after, left_out)]
     return Calibration(stack, dict(zip(KINDS, map(float, factors), strict=True)), rows, *errors)
+
+
+def _check_runs(runs: Sequence[Run]) -> None:
+    """Enough runs, each counted once."""
+    names = [str(Path(run.name).resolve()) for run in runs]
+    problems = [
+        Problem("RUN_DIR", run.name, "is named twice", "name each run once")
+        for i, (run, name) in enumerate(zip(runs, names, strict=True))
+        if name in names[:i]
+    ]
+    if len(runs) < LEAST_RUNS:
+        problems.append(Problem("RUN_DIR", len(runs), f"a fit needs at least {LEAST_RUNS} runs", "measure more, of different sizes"))
+    if problems:
+        raise InputError(*problems)
+
+
+def _configurations(plans: Sequence[Plan]) -> np.ndarray:
+    """A number per run, the same for runs that differ in nothing that is priced per step: one tells what the other measured."""
+    keys = []
+    for plan in plans:
+        workload = {key: value for key, value in plan.inputs["workload"].items() if key != "tokens"}
+        keys.append(to_json([plan.inputs["model"], workload, plan.inputs["cluster"], plan.inputs["layout"]]))
+    distinct = sorted(set(keys))
+    if len(distinct) < LEAST_RUNS:
+        rule = f"a fit needs at least {LEAST_RUNS} different configurations, and these {len(plans)} runs are of {len(distinct)}"
+        raise InputError.single("RUN_DIR", len(distinct), rule, "measure other sizes, lengths or layouts")
+    return np.array([distinct.index(key) for key in keys])
+
+
+def _seconds_by_kind(plan: Plan) -> list[float]:
+    """Predicted seconds of one step, [kinds]: their sum is the step. Work done again goes to the kinds that it repeats."""
+    parts = plan.time.breakdown_s
+    if plan.inputs["workload"].get("recompute") == "full":
+        share = 1 + parts["recompute"] / sum(parts[part] for part in RECOMPUTED)
+        parts = {name: seconds * share if name in RECOMPUTED else seconds for name, seconds in parts.items()}
+    else:  # selective recompute runs norms and activations again
+        parts = {**parts, "memory_bound": parts["memory_bound"] + parts["recompute"]}
+    return [sum(parts[part] for part in names) for names in KINDS.values()]
 
 
 def _common_stack(plans: Sequence[Plan]) -> str:
