@@ -142,7 +142,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
             try:
                 grid[key] = [parse_yaml(value.strip(), "--grid") for value in values.split(",")]
             except InputError as error:
-                problems += error.problems
+                problems += [replace(problem, value=text) for problem in error.problems]
             if len({repr(value) for value in grid.get(key, ())}) < len(grid.get(key, ())):
                 problems.append(Problem("--grid", text, "names a value twice", "leave one out"))
     if problems:
@@ -180,7 +180,7 @@ def _name(settings: Mapping[str, Any]) -> str:
 
     Example:
         >>> _name({"training.learning_rate": 0.001})
-        'learning_rate=0.001-a1de35f7'
+        'learning_rate=0.001-fc875b1e'
     """
     text = ",".join(f"{key.removeprefix('training.')}={value}" for key, value in settings.items())
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -258,7 +258,8 @@ def _run(trial: Trial, out: Path, data: Path, child: Child, show: Callable[[int]
     if status == 0 or child.stop_signal:
         return ""
     said = log.read_bytes()[start:].decode(errors="replace")
-    line = next((line for line in said.splitlines() if line.startswith("error:")), "")
+    found = re.search(r"^(error|reftrain failed): .*(\n  rule .*)?", said, re.MULTILINE)
+    line = re.sub(r"\n  rule", ":", found.group()) if found else ""
     ended = f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
     return f"{line or ended} (see {log})"
 
