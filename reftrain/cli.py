@@ -19,6 +19,8 @@ __all__ = ["app", "main"]
 
 app = make_app("Run a plan as it is, and measure it against its prediction.")
 PlanFile = Annotated[str, typer.Argument(metavar="PLAN.yaml", help="A plan file, as `planner estimate --out` writes it.")]
+PROFILED_STEPS = 3
+"""Of `--profile`, where no `--set profile_steps=N` says otherwise."""
 add_commands(app)
 add_dry_run(app)
 add_sweep_commands(app)
@@ -26,11 +28,11 @@ app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 
 
-def _changes(settings: list[str] | None, steps: int | None, data: str | None) -> dict[str, Any]:
+def _changes(settings: list[str] | None, steps: int | None, data: str | None, profile: bool) -> dict[str, Any]:
     """`--set key=value` and the short forms, as keys of `training:`."""
     from planner.files import parse_yaml
 
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"profile_steps": PROFILED_STEPS} if profile else {}
     for text in settings or []:
         key, sign, value = text.partition("=")
         if not sign or not key:
@@ -54,6 +56,7 @@ def run(
     max_restarts: Annotated[
         int | None, typer.Option("--max-restarts", metavar="N", help="Of a layout's processes when one dies; default 3.", min=0, max=1000)
     ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Trace 3 steps after warm-up to RUN_DIR/traces, for ui.perfetto.dev.")] = False,
     tune_micro_batch: Annotated[
         bool, typer.Option("--tune-micro-batch", help="Measure micro-batch sizes first, and run with the fastest that fits.")
     ] = False,
@@ -67,7 +70,7 @@ def run(
     from reftrain.progress import make_progress
     from reftrain.train import RunOptions, train
 
-    config = load_run_config(plan, _changes(settings, steps, data))
+    config = load_run_config(plan, _changes(settings, steps, data, profile))
     folder = Path(out) if out else Path(plan).resolve().parent / "runs" / Path(plan).stem
     arguments = [*sys.argv[1:], *(["--out", str(folder)] if out is None else [])]
     if tune_micro_batch:

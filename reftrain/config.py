@@ -129,6 +129,8 @@ class Training(Spec):
     max_skipped_steps: PositiveInt = 5
     """So many bad steps in a row roll back to the last checkpoint."""
     max_rollbacks: NonNegativeInt = 2
+    profile_steps: NonNegativeInt = 0
+    """So many steps after warm-up become a trace, RUN_DIR/traces; they are not timed. `--profile` means 3."""
 
     @model_validator(mode="after")
     def _schedule_is_whole(self) -> Training:

@@ -1,7 +1,7 @@
 """What a run measures about itself: FLOPs by op, peak memory, a log line per step, and medians without warm-up.
 
 One early step is instrumented (exact live bytes, FLOPs of every op) and takes no part in the timings, so that timed steps carry
-a handful of clock reads and nothing else.
+a handful of clock reads and nothing else; see `reftrain.looks` for all steps that are looked at.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,21 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from planner.errors import InputError
 from planner.files import read_text, write_text
+from planner.hardware import load_catalog
+from planner.precision import get_precision
+from reftrain.config import RunConfig
 from reftrain.live_memory import LiveMemory
 
-__all__ = ["Instruments", "MetricsLog", "Summary", "read_metrics", "summarize"]
+__all__ = ["Instruments", "MetricsLog", "Summary", "Utilization", "find_utilization", "read_metrics", "summarize"]
 
 INSTRUMENTED_STEP = 1
 """The second step of a process: optimizer states are there, and it is not a timed one."""
 WARMUP_STEPS = 3
 """First steps of a process that no median counts: allocators, caches and lazy initialization settle."""
-PHASES = ("data", "forward", "backward", "forward_backward", "communication", "optimizer")
+PHASES = ("data", "forward", "backward", "forward_backward", "optimizer")
+"""They follow each other; communication happens inside them."""
 aten = torch.ops.aten
 
 
@@ -147,8 +152,49 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(ordered), "p10": ordered[round(0.1 * last)], "p90": ordered[round(0.9 * last)], "count": len(ordered)}
 
 
-def summarize(records: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Summary:
-    """Medians over the timed steps of a run, beside `facts` that do not change from step to step."""
+@dataclass(frozen=True)
+class Utilization:
+    """What turns a step's time into MFU.
+
+    Formula: mfu = model_flops / (step_s * peak_flops_per_s), with attention over all pairs of positions and without recompute.
+    """
+
+    model_flops: float
+    """Per step, over all ranks."""
+    peak_flops_per_s: float
+    """Dense peak of all devices in the plan's precision."""
+    accelerator: str
+
+    def mfu(self, step_s: float) -> float:
+        """Model FLOPs utilization of a step that took `step_s`."""
+        return self.model_flops / (step_s * self.peak_flops_per_s)
+
+
+def find_utilization(config: RunConfig, counted_flops: float, on: torch.device) -> Utilization | None:
+    """The catalog's peak for the plan's accelerator, and the model's FLOPs in a step.
+
+    Those are the counted ones where nothing is recomputed, else the plan's prediction. None where there is no such peak or prediction,
+    or the run is on another kind of device than the plan is for.
+    """
+    model_flops = counted_flops
+    if config.workload.recompute != "none":
+        model_flops = ((config.request.prediction or {}).get("flops") or {}).get("model_per_token", 0.0) * config.tokens_per_step
+    try:
+        catalog = load_catalog(Path(config.request.catalog) if config.request.catalog else None)
+        device = catalog.resolve(config.request.cluster).accelerator
+    except InputError:
+        return None
+    peak = device.dense_flops_per_s.get(get_precision(config.workload.precision).matmul_rate)
+    if not model_flops or not peak or (device.kind == "cpu") != (on.type == "cpu"):
+        return None
+    return Utilization(model_flops, peak * config.layout.num_devices, device.id)
+
+
+def summarize(records: Sequence[dict[str, Any]], facts: dict[str, Any], utilization: Utilization | None = None) -> Summary:
+    """Medians over the timed steps of a run, beside `facts` that do not change from step to step.
+
+    `breakdown_s` holds the phases, which add up to a step but for the agreement on loss and norm, and `communication`, which lies inside them.
+    """
     steps = [r for r in records if r.get("kind") == "step"]
     timed = [r for r in steps if r.get("timed")]
     sound = [r["loss"] for r in steps if not r.get("skipped")]
@@ -161,4 +207,8 @@ def summarize(records: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Summa
         values["breakdown_s"] = {
             phase: statistics.median(r["phases_s"].get(phase, 0.0) for r in timed) for phase in PHASES if any(phase in r["phases_s"] for r in timed)
         }
+        if utilization is not None:
+            values |= {"mfu": utilization.mfu(values["step_s"]["median"]), "utilization": asdict(utilization)}
+        if "communication" in facts:
+            values["breakdown_s"]["communication"] = facts["communication"]["exposed_s"]
     return Summary(values)

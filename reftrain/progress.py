@@ -14,7 +14,7 @@ from reftrain.config import RunConfig
 __all__ = ["make_progress", "render_summary"]
 
 LINE_EVERY_S = 10.0
-SILENT = ("measured", "diverged")
+SILENT = ("measured", "communication", "diverged")
 """Records for the log alone; an error that ends a run is told once, at the end."""
 
 
@@ -80,6 +80,19 @@ def render_summary(values: dict[str, Any], folder: Path) -> str:
         )
     if "peak_bytes" in values:
         lines.append(f"peak memory {format_bytes(values['peak_bytes'])} per device, {format_si(values['flops_per_step'], 'FLOP')} per step")
+    if "mfu" in values:
+        use = values["utilization"]
+        lines[-1] += f", MFU {values['mfu']:.1%} of {format_si(use['peak_flops_per_s'], 'FLOP/s')} ({use['accelerator']})"
+    if "communication" in values:
+        lines.append(_describe_communication(values["communication"]))
     if "eval" in values:
         lines.append(_describe({"kind": "eval", **values["eval"]}))
+    if "traces" in values:
+        lines.append(f"traces of {values['traces']['num_steps']} steps: {folder / 'traces'}    open them at https://ui.perfetto.dev")
     return "\n".join([*lines, f"measured: {folder / 'summary.json'}    against the prediction: python -m reftrain compare {folder}"]) + "\n"
+
+
+def _describe_communication(found: dict[str, Any]) -> str:
+    kinds = [f"{kind} {count['calls']:,} x, {format_si(count['bytes'], 'B')}" for kind, count in found["collectives"].items()]
+    share = f"{found['step_fraction']:.0%} of a step ({format_duration(found['exposed_s'])}, waiting for other ranks included)"
+    return f"communication that nothing hides {share}: {'; '.join(kinds)}"

@@ -24,10 +24,13 @@ from planner.errors import InputError
 from planner.files import parse_json, read_text
 from reftrain.batches import Batches, open_batches
 from reftrain.checkpoint import CheckpointStore
+from reftrain.communication import communication_facts
 from reftrain.config import RunConfig
+from reftrain.curves import Curves
 from reftrain.guard import SpikeGuard, TrainingDivergedError
 from reftrain.host_memory import keep_freed_memory
-from reftrain.measure import INSTRUMENTED_STEP, WARMUP_STEPS, Instruments, MetricsLog, Summary, read_metrics, summarize
+from reftrain.looks import Looks
+from reftrain.measure import MetricsLog, Summary, Utilization, find_utilization, read_metrics, summarize
 from reftrain.parallel import Ranks, end_distributed, start_ranks
 from reftrain.prepare_run import hold_folder, on_first_rank, prepare_data, prepare_folder
 from reftrain.runnable import check_runnable
@@ -87,11 +90,13 @@ class Trainer:
         self.batches: Batches = open_batches(config, ranks, data)
         self.guard = SpikeGuard(training.spike_sigmas, training.max_skipped_steps, training.max_rollbacks)
         self.store = CheckpointStore(options.out / "checkpoints", training.keep_checkpoints, on_problem=lambda problem: say(f"warning: {problem}"))
-        self.instruments = Instruments()
+        self.looks = Looks(ranks, self.engine, options.out, training.profile_steps)
+        self.utilization: Utilization | None = None
         self.step = self.position = self.steps_here = 0
         self.saved_step = -1
         self.stop_signal = 0
         self.log = MetricsLog(options.out / "metrics.jsonl") if ranks.is_first else None
+        self.curves = open_curves(options.out) if ranks.is_first else None
 
     def run(self) -> Summary:
         """Start or resume, then step by step to the end."""
@@ -140,8 +145,10 @@ class Trainer:
                 self.store.wait()
             raise
         finally:
-            if self.log is not None:
-                self.log.close()
+            for file in (self.log, self.curves):
+                if file is not None:
+                    with suppress(OSError):  # a full disk has been told of when it was met
+                        file.close()
 
     def _agree_to_stop(self) -> bool:
         """Whether any rank was told to stop."""
@@ -192,24 +199,23 @@ class Trainer:
 
     def _one_step(self) -> None:
         """Data, forward, backward, one decision, update, one line in the log."""
-        times, device = StepTimes(), self.ranks.device
+        number, device = self.steps_here, self.ranks.device
         # Random numbers (dropout) follow from the step alone, so that there is no state of theirs to save.
         torch.manual_seed(hash((self.config.training.seed, self.step, self.ranks.rank)) & 0x7FFFFFFF)
-        is_watched = self.steps_here == INSTRUMENTED_STEP
         start = time.perf_counter()
-        with times.phase("data", device):
-            microbatches = self.batches.microbatches(self.position)
-        if is_watched:
-            with self.instruments.watch(list(self._tensors()), device):
+        with self.looks.step(number) as times:
+            with times.phase("data", device):
+                microbatches = self.batches.microbatches(self.position)
+            with self.looks.work(number, self._tensors):
                 verdict, loss, norm, rate = self._work(microbatches, times)
-            self._write({"kind": "measured", "step": self.step, "per_rank": self._gather_measured()})
-        else:
-            verdict, loss, norm, rate = self._work(microbatches, times)
         step_s = time.perf_counter() - start
+        for found in self.looks.records(number):
+            self._note(found)
         record = {
             "kind": "step", "step": self.step, "loss": loss, "norm": norm, "learning_rate": rate, "step_s": step_s, "phases_s": times.parts,
             "tokens_per_s": self.config.tokens_per_step / step_s, "position": self.position,
-            "timed": self.steps_here >= WARMUP_STEPS and verdict == "good", **({"skipped": True} if verdict != "good" else {}),
+            **({"mfu": self.utilization.mfu(step_s)} if self.utilization else {}),
+            "timed": self.looks.is_timed(number) and verdict == "good", **({"skipped": True} if verdict != "good" else {}),
         }  # fmt: skip
         self._write(record)
         self.steps_here += 1
@@ -219,6 +225,12 @@ class Trainer:
             self._roll_back()
         elif verdict == "stop":
             self._give_up(loss, norm)
+
+    def _note(self, found: dict[str, Any]) -> None:
+        """Writes what a look at a step has found."""
+        if found["kind"] == "measured" and self.log is not None:
+            self.utilization = find_utilization(self.config, sum(rank["flops"] for rank in found["per_rank"]), self.ranks.device)
+        self._write({**found, "step": self.step})
 
     def _give_up(self, loss: float, norm: float) -> NoReturn:
         self._write({"kind": "diverged", "step": self.step - 1, "loss": loss, "norm": norm, **self._troubles()})
@@ -263,6 +275,9 @@ class Trainer:
             "step": self.step, "position": self.position, "guard": self.guard.state(), "loss_scale": self.engine.loss_scale,
             "good_steps": self.engine.good_steps, "model": self.config.model.name, "seed": self.config.training.seed,
         }  # fmt: skip
+        if self.curves is not None:
+            with self._room_for(self.curves.folder):
+                self.curves.flush()
         self.store.save(self.step, self.engine.state(), extra, block=block)
         self.saved_step = self.step
 
@@ -304,27 +319,28 @@ class Trainer:
                 yield from (value for value in state.values() if isinstance(value, (Tensor, DTensor)))
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self.log is not None:
-            try:
-                self.log.write(record)
-            except OSError as error:
-                rule = f"could not be written ({error.strerror}, {len(str(record)):,} bytes are needed)"
-                raise InputError.single("--out", str(self.log.path), rule, "free space, then --resume; the checkpoints are intact") from None
-            self.progress(record)
+        if self.log is None:
+            return
+        with self._room_for(self.log.path, len(str(record))):
+            self.log.write(record)
+        if self.curves is not None:
+            with self._room_for(self.curves.folder):
+                self.curves.write(record)
+        self.progress(record)
 
-    def _gather_measured(self) -> list[dict[str, Any]]:
-        """What the instruments of every rank saw."""
-        found = self.instruments
-        mine = {"peak_bytes": found.peak_bytes, "state_bytes": found.state_bytes, "flops": found.total_flops,
-                "attention_flops": found.attention_flops}  # fmt: skip
-        if self.ranks.world_size == 1:
-            return [mine]
-        every: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(every, mine)
-        return every
+    @contextmanager
+    def _room_for(self, path: Path, num_bytes: int = 0) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            needed = f", {num_bytes:,} bytes are needed" if num_bytes else ""
+            rule = f"could not be written ({error.strerror}{needed})"
+            raise InputError.single("--out", str(path), rule, "free space, then --resume; the checkpoints are intact") from None
 
     def _finish(self) -> Summary:
         """Rank 0 writes `summary.json`, over all the processes that this run has had."""
+        for found in self.looks.finish():
+            self._note(found)
         if self.log is None:
             return Summary()
         self.log.close()
@@ -335,19 +351,41 @@ class Trainer:
             "num_steps": self.step, **self._troubles(),
             "is_complete": self.step >= config.num_steps and not self.stop_signal, "stop_signal": self.stop_signal,
         }  # fmt: skip
-        measured = [r["per_rank"] for r in records if r.get("kind") == "measured"]
-        if measured:
-            every = measured[-1]
+        newest = {r.get("kind", ""): r for r in records}
+        utilization = None
+        if "measured" in newest:
+            every = newest["measured"]["per_rank"]
+            flops = sum(rank["flops"] for rank in every)
             facts |= {
-                "per_rank": every, "peak_bytes": max(rank["peak_bytes"] for rank in every), "flops_per_step": sum(rank["flops"] for rank in every),
+                "per_rank": every, "peak_bytes": max(rank["peak_bytes"] for rank in every), "flops_per_step": flops,
                 "attention_flops_per_step": sum(rank["attention_flops"] for rank in every),
             }  # fmt: skip
-        evals = [r for r in records if r.get("kind") == "eval"]
-        if evals:
-            facts["eval"] = {k: v for k, v in evals[-1].items() if k != "kind"}
-        summary = summarize(records, facts)
+            utilization = find_utilization(config, flops, self.ranks.device)
+        if "communication" in newest:
+            facts["communication"] = communication_facts(newest["communication"]["per_rank"])
+        if "traced" in newest:
+            facts["traces"] = {"num_steps": newest["traced"]["num_steps"]}
+        if "eval" in newest:
+            facts["eval"] = {k: v for k, v in newest["eval"].items() if k != "kind"}
+        summary = summarize(records, facts, utilization)
         summary.save(self.options.out / "summary.json")
         return summary
+
+
+def open_curves(out: Path) -> Curves | None:
+    """None, and a line that says so, where tensorboard is not installed.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    try:
+        return Curves(out / "tensorboard")
+    except ImportError:
+        say("no curves for TensorBoard, which is not installed: pip install tensorboard")
+    except OSError as error:
+        fix = "free space, or choose another folder"
+        raise InputError.single("--out", str(out / "tensorboard"), f"could not be written ({error.strerror})", fix) from None
+    return None
 
 
 def device_name(device: torch.device) -> str:
