@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-__all__ = ["SINGLE", "Axes", "gather_sequence", "local"]
+__all__ = ["SINGLE", "Axes", "all_gather", "all_reduce", "gather_sequence", "local", "reduce_scatter"]
 
 SEQUENCE_DIM = 1
 # torch 2.13 renamed them, and warns at the old names
-all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
-reduce_scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
+_gather_single = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+_scatter_single = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
 
 
 class _SumBackward(torch.autograd.Function):
@@ -33,13 +33,13 @@ class _SumBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grads[0], ctx.group), None
+        return all_reduce(grads[0], ctx.group), None
 
 
 class _SumForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        return _all_reduce(x, group)
+        return all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -50,22 +50,22 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return _all_gather(x, group)
+        return all_gather(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grads[0], ctx.group), None
+        return reduce_scatter(grads[0], ctx.group), None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return _reduce_scatter(x, group)
+        return reduce_scatter(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grads[0], ctx.group), None
+        return all_gather(grads[0], ctx.group), None
 
 
 def _done(result: Tensor) -> Tensor:
@@ -73,16 +73,19 @@ def _done(result: Tensor) -> Tensor:
     return result.wait() if isinstance(result, collectives.AsyncCollectiveTensor) else result
 
 
-def _all_reduce(x: Tensor, group: Any) -> Tensor:
+def all_reduce(x: Tensor, group: Any) -> Tensor:
+    """The sum over the ranks; any shape."""
     return _done(collectives.all_reduce(x.contiguous(), "sum", group))
 
 
-def _all_gather(x: Tensor, group: Any) -> Tensor:
-    return _done(all_gather(x.contiguous(), SEQUENCE_DIM, group))
+def all_gather(x: Tensor, group: Any) -> Tensor:
+    """The ranks' slices of dim 1 one after the other: [B, S/t, ...] -> [B, S, ...]."""
+    return _done(_gather_single(x.contiguous(), SEQUENCE_DIM, group))
 
 
-def _reduce_scatter(x: Tensor, group: Any) -> Tensor:
-    return _done(reduce_scatter(x.contiguous(), "sum", SEQUENCE_DIM, group))
+def reduce_scatter(x: Tensor, group: Any) -> Tensor:
+    """This rank's slice of the sum along dim 1: [B, S, ...] -> [B, S/t, ...]."""
+    return _done(_scatter_single(x.contiguous(), "sum", SEQUENCE_DIM, group))
 
 
 def gather_sequence(x: Tensor, group: Any) -> Tensor:

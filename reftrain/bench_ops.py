@@ -5,6 +5,7 @@ Sizes of memory-bound ops are the bytes that the planner's op vocabulary gives t
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from planner.op_cost import Numerics, Op, Shard
 from planner.ops import Elementwise, Embedding, Loss, Norm
+from reftrain.axes import all_gather, all_reduce, reduce_scatter
 from reftrain.kernels import chunk_loss, rms_norm, rotate
 
 __all__ = ["FULL", "QUICK", "Grid", "bench_attention", "bench_collectives", "bench_matmuls", "bench_ops", "seconds_per_call"]
@@ -27,6 +29,9 @@ MOST_FLOPS = 3e9
 OP_WIDTH = 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MESSAGE_BYTES = tuple(2**power for power in (8, 12, 15, 17, 19, 21, 23, 25))
+WORK_WIDTH = 256
+"""Of the matmul between two collectives: some 0.3 ms."""
+LEAST_S = 1e-6
 POOL_BYTES = 48 * 2**20
 """Inputs rotate through so many bytes, because in a model they were not touched a moment ago."""
 
@@ -46,12 +51,14 @@ FULL = Grid()
 QUICK = Grid((32, 256, 2048), (64, 256, 1024), (32, 128, 256), (32,), tuple(2**power for power in (10, 14, 17, 20, 22)))
 
 
-def seconds_per_call(call: Callable[[int], Any], device: torch.device, least_s: float = 0.006, repeats: int = 4) -> float:
-    """Least over `repeats` of the mean seconds of `call(i)`, each over at least `least_s`; all processes work at once.
+def seconds_per_call(call: Callable[[int], Any], device: torch.device, least_s: float = 0.006, repeats: int = 5) -> float:
+    """Lower quartile over `repeats` of the mean seconds of `call(i)`, each over at least `least_s`; all processes work at once.
 
-    The least, because whatever else the machine does can only add.
+    The lower quartile, because whatever else the machine does can only add. Results stay alive for a while, as the tensors that a
+    step saves for its backward pass do: each call writes to memory that no cache holds.
     """
-    call(0)
+    first = call(0)
+    kept: list[Any] = [None] * _num_cold(first)
     start = time.perf_counter()
     call(1)
     _finish(device)
@@ -63,10 +70,21 @@ def seconds_per_call(call: Callable[[int], Any], device: torch.device, least_s: 
             dist.barrier()
         start = time.perf_counter()
         for i in range(count):
-            call(i)
+            kept[i % len(kept)] = call(i)
         _finish(device)
         found.append((time.perf_counter() - start) / count)
-    return min(found)
+    return _lower_quartile(found)
+
+
+def _lower_quartile(values: list[float]) -> float:
+    return statistics.quantiles(values, n=4, method="inclusive")[0]
+
+
+def _num_cold(result: Any) -> int:
+    """How many results of this size no cache holds."""
+    tensors = [result] if isinstance(result, Tensor) else [t for t in result if isinstance(t, Tensor)] if isinstance(result, (tuple, list)) else []
+    num_bytes = sum(t.numel() * t.element_size() for t in tensors)
+    return min(max(POOL_BYTES // max(num_bytes, 1), 2), 64)
 
 
 def _finish(device: torch.device) -> None:
@@ -76,10 +94,7 @@ def _finish(device: torch.device) -> None:
 
 def _pool(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, grad: bool = False) -> list[Tensor]:
     """Several tensors of one shape, together about POOL_BYTES, at least 2 and at most 64."""
-    one = torch.tensor([], dtype=dtype).element_size()
-    for size in shape:
-        one *= size
-    count = min(max(POOL_BYTES // max(one, 1), 2), 64)
+    count = _num_cold(torch.empty(shape, dtype=dtype, device="meta"))
     return [torch.randn(*shape, dtype=torch.float32, device=device).to(dtype).requires_grad_(grad) for _ in range(count)]
 
 
@@ -145,8 +160,9 @@ def _turn(*pools: list[Tensor]) -> Callable[[int], list[Tensor]]:
 def _forward_backward_s(call: Callable[[int], Tensor], inputs: Callable[[int], list[Tensor]], device: torch.device) -> tuple[float, float]:
     """Seconds of an op under autograd: (forward, backward)."""
     forward_s = seconds_per_call(call, device)
-    count = 4
-    outs = [call(i) for i in range(count)]
+    outs = [call(0)]
+    count = _num_cold(outs[0])
+    outs += [call(i) for i in range(1, count)]
     grads = [torch.ones_like(out) for out in outs]
     backward_s = seconds_per_call(lambda i: torch.autograd.grad(outs[i % count], inputs(i % count), grads[i % count], retain_graph=True), device)
     return forward_s, backward_s
@@ -264,48 +280,52 @@ def _cast(pool: list[Tensor], dtype: torch.dtype, i: int) -> Tensor:
 
 
 def bench_collectives(device: torch.device, tick: Callable[[], None]) -> dict[str, dict[str, Any]]:
-    """`collective/ranks` -> seconds by bytes of the full buffer, over all processes; nothing for one process."""
+    """`collective/ranks` -> seconds by bytes of the full buffer, over all processes; nothing for one process.
+
+    Each one follows some work of its own on every rank, whose time is taken off: as in a step, ranks arrive one after the other, with
+    caches full of other things.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return {}
-    world, rank, found = dist.get_world_size(), dist.get_rank(), {}
-    times: dict[str, list[float]] = {"all_reduce": [], "all_gather": [], "reduce_scatter": [], "all_to_all": [], "p2p": []}
+    world, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
+    times: dict[str, list[float]] = {name: [] for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p")}
     for num_bytes in MESSAGE_BYTES:
-        whole, part = torch.ones(num_bytes // 4, device=device), torch.ones(num_bytes // 4 // world, device=device)
-        arriving = torch.empty_like(whole)
+        # [1, ranks, rest]: what is gathered and scattered lies along dim 1, as tokens do in the model.
+        whole = torch.ones(1, world, num_bytes // 4 // world, device=device)
+        part, arriving = whole[:, :1].contiguous(), torch.empty_like(whole)
 
-        def pass_on(_i: int, whole: Tensor = whole, arriving: Tensor = arriving) -> None:
+        def pass_on(whole: Tensor = whole, arriving: Tensor = arriving) -> None:
             ops = [dist.P2POp(dist.isend, whole, (rank + 1) % world), dist.P2POp(dist.irecv, arriving, (rank - 1) % world)]
             for work in dist.batch_isend_irecv(ops):
                 work.wait()
 
-        calls: dict[str, Callable[[int], Any]] = {
-            "all_reduce": partial(_run, dist.all_reduce, whole),
-            "all_gather": partial(_run, dist.all_gather_single, whole, part),
-            "reduce_scatter": partial(_run, dist.reduce_scatter_single, part, whole),
-            "all_to_all": partial(_run, dist.all_to_all_single, arriving, whole),
+        calls: dict[str, Callable[[], Any]] = {
+            "all_reduce": partial(all_reduce, whole, group),
+            "all_gather": partial(all_gather, part, group),
+            "reduce_scatter": partial(reduce_scatter, whole, group),
+            "all_to_all": partial(dist.all_to_all_single, arriving, whole),
             "p2p": pass_on,
         }
         for name, call in calls.items():
-            times[name].append(seconds_per_call(call, device, repeats=3) if device.type == "cuda" else _fixed_count_s(call))
+            times[name].append(_after_work_s(call, device))
         tick()
-    for name, seconds in times.items():
-        found[f"{name}/{world}"] = {"sizes": _floats(MESSAGE_BYTES), "seconds": seconds}
-    return found
+    return {f"{name}/{world}": {"sizes": _floats(MESSAGE_BYTES), "seconds": seconds} for name, seconds in times.items()}
 
 
-def _run(collective: Callable[..., Any], *arguments: Any) -> None:
-    """A collective on all but the last argument, which counts calls."""
-    collective(*arguments[:-1])
+def _after_work_s(call: Callable[[], Any], device: torch.device, count: int = 10, repeats: int = 7) -> float:
+    """Seconds that `call` adds to some work before it; as many calls on every rank."""
+    square = torch.randn(WORK_WIDTH, WORK_WIDTH, device=device)
 
-
-def _fixed_count_s(call: Callable[[int], Any], count: int = 10, repeats: int = 5) -> float:
-    """As `seconds_per_call`, with as many calls on every rank."""
-    call(0)
-    found = []
-    for _ in range(repeats):
+    def run(calls: Callable[[], Any] | None) -> float:
         dist.barrier()
         start = time.perf_counter()
-        for i in range(count):
-            call(i)
-        found.append((time.perf_counter() - start) / count)
-    return min(found)
+        for _ in range(count):
+            square @ square
+            if calls is not None:
+                calls()
+        _finish(device)
+        return (time.perf_counter() - start) / count
+
+    run(call)
+    pairs = [(run(call), run(None)) for _ in range(repeats)]
+    return max(statistics.median(both for both, _ in pairs) - statistics.median(work for _, work in pairs), LEAST_S)
