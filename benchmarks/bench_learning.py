@@ -178,13 +178,13 @@ def curve(records: list[dict[str, Any]], config: RunConfig) -> list[dict[str, fl
 def main() -> None:
     """Prints the table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=60.0, help="time for training")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time for training, without the looks at held-out text")
     parser.add_argument("--steps", type=int, help="so many steps instead")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--out", type=Path, default=Path("learning"), help="data, run and result; a cut run there goes on")
     parser.add_argument("--order", type=int, default=4, help="words in an n-gram")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--schedule", choices=("wsd", "cosine"), default="wsd")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
