@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from reftrain.trace import Span
 
-__all__ = ["CollectiveCounter", "collective_kind", "communication_facts", "exposed_s", "in_flight_s"]
+__all__ = ["CollectiveCounter", "Exposed", "collective_kind", "communication_facts", "find_exposed"]
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "recv", "reduce", "gather", "scatter", "barrier")
 NAMESPACES = ("c10d", "_c10d_functional")
@@ -60,36 +61,52 @@ class CollectiveCounter(TorchDispatchMode):
         return out
 
 
-def exposed_s(spans: Sequence[Span], device: torch.device) -> float:
-    """Seconds in which this rank did nothing but communicate. No moment counts twice.
+@dataclass(frozen=True)
+class Exposed:
+    """What communication took of one step of this rank."""
 
-    On a GPU: a collective's kernel was running and no other kernel was. On a CPU: the thread that trains was inside a collective or a wait for one,
-    or it ran no op, a transfer was under way, and a transfer ended before the next op began (so that is what the thread was waiting for, as
-    in DDP's and a pipeline's waits, which leave no event of their own). Ops that a collective runs on its way (copies) are not in it. In it is
-    waiting for a slower rank, so also a pipeline's bubble; and a profiled step is slower than a plain one, in its ops more than in its transfers.
+    step_s: float
+    exposed_s: float
+    """Seconds in which this rank did nothing but communicate; see `find_exposed`."""
+    in_flight_s: dict[str, float]
+    """Per kind, seconds in which at least one such collective was under way, hidden or not; kinds may overlap each other."""
+
+
+def find_exposed(spans: Sequence[Span], window: str, device: torch.device) -> Exposed:
+    """Times of communication within the span named `window`. No moment counts twice.
+
+    Exposed on a GPU: a collective's kernel was running and no other kernel was. On a CPU: the thread that trains was inside a collective or a
+    wait for one, or it ran no op while a transfer was under way that ended before its next op (so that is what the thread was waiting for;
+    the waits of DDP and of pipelines leave no event of their own). Ops that a collective runs on its way (copies) are not in it. Waiting for a slower
+    rank is, and so is a pipeline's bubble. A profiled step is slower than a plain one, in its ops more than in its transfers: what could hide
+    behind ops has more of them to hide behind.
     """
-    if device.type == "cuda":
-        messages = [s for s in spans if s.is_on_device and "nccl" in s.name.lower()]
-        return _length(_without(_union(messages), _union(s for s in spans if s.is_on_device and "nccl" not in s.name.lower())))
-    transfers = [s for s in spans if s.is_async and collective_kind(s.name)]
-    calls = [s for s in spans if not s.is_async and (collective_kind(s.name) or s.name == WAIT)]
-    if not calls:
-        return 0.0
-    threads = {s.thread for s in calls}
-    own = [s for s in spans if s.thread in threads and not s.is_async]
+    step = next(s for s in spans if s.name == window and not s.is_on_device)
+    # A kernel may end after the call that launched it; nothing else runs then.
+    inside = [s for s in spans if s.start_s >= step.start_s and (s.start_s < step.end_s or s.is_on_device) and s.name != window]
+    exposed = _exposed_on_gpu(inside) if device.type == "cuda" else _exposed_on_cpu(inside, step)
+    return Exposed(step.duration_s, _length(exposed), _in_flight_s(inside))
+
+
+def _exposed_on_gpu(spans: Sequence[Span]) -> list[Interval]:
+    kernels = [s for s in spans if s.is_on_device]
+    messages, others = ([s for s in kernels if ("nccl" in s.name.lower()) == is_message] for is_message in (True, False))
+    return _without(_union(messages), _union(others))
+
+
+def _exposed_on_cpu(spans: Sequence[Span], step: Span) -> list[Interval]:
+    own = [s for s in spans if s.thread == step.thread and not s.is_async]
+    calls = [s for s in own if collective_kind(s.name) or s.name == WAIT]
     ops = _union(s for s in _leaves(own) if s.name.startswith("aten::"))
-    ends = sorted(s.end_s for s in transfers)
-    gaps = _without([(min(s.start_s for s in own), max(s.end_s for s in [*own, *transfers]))], ops)
-    last_ends = [(start, ends[bisect_right(ends, end) - 1] if ends else start) for start, end in gaps]
-    waits = _common([(start, end) for start, end in last_ends if end > start], _union(transfers))
-    return _length(_without(_merge([*_intervals(calls), *waits]), ops))
+    transfers = [s for s in spans if s.is_async and collective_kind(s.name)]
+    ends = [step.start_s, *sorted(s.end_s for s in transfers)]
+    pauses = [(start, ends[bisect_right(ends, end) - 1]) for start, end in _without([(step.start_s, step.end_s)], ops)]
+    waits = _common([(start, end) for start, end in pauses if end > start], _union(transfers))
+    return _without(_merge([*_intervals(calls), *waits]), ops)
 
 
-def in_flight_s(spans: Sequence[Span]) -> dict[str, float]:
-    """Seconds per kind in which at least one such collective was under way, hidden or not; kinds may overlap each other.
-
-    Each transfer is named by the call that began it, first by first: gloo, for one, performs a reduce-scatter as an all-reduce.
-    """
+def _in_flight_s(spans: Sequence[Span]) -> dict[str, float]:
+    """Each transfer is named by the call that began it, first by first: gloo, for one, performs a reduce-scatter as an all-reduce."""
     calls = sorted((s for s in spans if s.name.startswith("c10d::") and collective_kind(s.name)), key=lambda s: s.start_s)
     transfers = sorted((s for s in spans if (s.is_async or s.is_on_device) and collective_kind(s.name)), key=lambda s: s.start_s)
     named: Iterable[Span] = calls if len(calls) == len(transfers) else transfers

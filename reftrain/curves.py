@@ -51,7 +51,6 @@ class Curves:
         from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 
         self._event, self._session, self._summary = Event, SessionLog, Summary
-        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"events.out.tfevents.{time.time_ns()}").open("wb")  # read in the order of names
         self._writer = RecordWriter(self._file)
@@ -76,7 +75,7 @@ class Curves:
             self._flushed_s = now
 
     def flush(self) -> None:
-        """Hands everything to the system: before a checkpoint, so that a killed run that goes on from it has its curves whole."""
+        """Hands everything to the system."""
         self._file.flush()
 
     def close(self) -> None:

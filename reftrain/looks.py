@@ -6,7 +6,6 @@ of communication that nothing hides. With `--profile` a few more become a trace.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
-from reftrain.communication import CollectiveCounter, exposed_s, in_flight_s
+from reftrain.communication import CollectiveCounter, Exposed, find_exposed
 from reftrain.measure import INSTRUMENTED_STEP, WARMUP_STEPS, Instruments
 from reftrain.parallel import Ranks
 from reftrain.steps import Engine, StepTimes
@@ -26,6 +26,7 @@ __all__ = ["Looks"]
 COUNTED_STEP = 2
 """The first one without what DDP does once: it parts its gradients anew in the second step."""
 PROFILED_STEPS = (3, 4)
+WATCHED = "watched step"
 
 
 class Looks:
@@ -39,7 +40,7 @@ class Looks:
         self.ranks = ranks
         self.instruments = Instruments()
         self.collectives = CollectiveCounter()
-        self._profiled: list[dict[str, Any]] = []
+        self._profiled: list[Exposed] = []
         first = max(PROFILED_STEPS) + 1 if ranks.world_size > 1 else WARMUP_STEPS
         self._traced = range(first, first + num_traced)
         compiled = engine.config.training.compile  # hooks would have the blocks compiled again
@@ -70,11 +71,10 @@ class Looks:
                 yield
         elif self.ranks.world_size > 1 and number in PROFILED_STEPS:
             with make_profiler(self.ranks.device) as profiler:
-                start = time.perf_counter()
-                yield
-                step_s = time.perf_counter() - start
-            spans = read_spans(profiler)
-            self._profiled.append({"step_s": step_s, "exposed_s": exposed_s(spans, self.ranks.device), "in_flight_s": in_flight_s(spans)})
+                dist.barrier()  # a rank whose profiler starts late would have the others wait inside the step
+                with record_function(WATCHED):
+                    yield
+            self._profiled.append(find_exposed(read_spans(profiler), WATCHED, self.ranks.device))
         else:
             yield
 
@@ -89,6 +89,20 @@ class Looks:
             return [{"kind": "communication", "per_rank": self._gather(self._communication())}]
         return self.finish() if self._traced and number == self._traced[-1] else []
 
+    @contextmanager
+    def agreeing(self, number: int) -> Iterator[None]:
+        """Around the agreement of ranks on loss and norm, which no phase holds: a span of its own in a trace."""
+        if number not in self._traced or self.ranks.world_size == 1:
+            yield
+            return
+        with record_function("communication"):
+            yield
+
+    @property
+    def has_missed_trace(self) -> bool:
+        """Whether a trace was asked for and no step came that far."""
+        return len(self._traced) > 0 and self._tracer.num_steps == 0
+
     def finish(self) -> list[dict[str, Any]]:
         """Saves the trace if one has begun; also for a run that ends in the middle of it."""
         if not self._tracer.is_running:
@@ -97,19 +111,12 @@ class Looks:
         return [{"kind": "traced", "num_steps": self._tracer.num_steps}]
 
     def _communication(self) -> dict[str, Any]:
-        """Means over the profiled steps, with the counts of the step before them."""
-        num = len(self._profiled)
-
-        def mean(value: Callable[[dict[str, Any]], float]) -> float:
-            return sum(map(value, self._profiled)) / num
-
+        """The quieter of the profiled steps (what else the machine does only ever adds), with the counts of the step before them."""
+        found = min(self._profiled, key=lambda step: step.exposed_s)
         return {
-            "step_s": mean(lambda found: found["step_s"]),
-            "exposed_s": mean(lambda found: found["exposed_s"]),
-            "collectives": {
-                kind: {**count, "in_flight_s": mean(lambda found, kind=kind: found["in_flight_s"].get(kind, 0.0))}  # type: ignore[misc]
-                for kind, count in self.collectives.found.items()
-            },
+            "step_s": found.step_s,
+            "exposed_s": found.exposed_s,
+            "collectives": {kind: {**count, "in_flight_s": found.in_flight_s.get(kind, 0.0)} for kind, count in self.collectives.found.items()},
         }
 
     def _gather(self, mine: dict[str, Any]) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ are small: compare shares, not seconds.
 from __future__ import annotations
 
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -65,9 +64,18 @@ def read_spans(profiler: Profiler) -> list[Span]:
     inner = profiler.profiler
     if inner is None or inner.kineto_results is None:
         return []
+    events = inner.kineto_results.events()
+    first_ns = min((e.start_ns() for e in events), default=0)  # as seconds since 1970 they would lose their last digits
     return [
-        Span(e.name(), e.start_ns() * 1e-9, e.end_ns() * 1e-9, e.start_thread_id(), e.is_async(), e.device_type() != DeviceType.CPU)
-        for e in inner.kineto_results.events()
+        Span(
+            e.name(),
+            (e.start_ns() - first_ns) * 1e-9,
+            (e.end_ns() - first_ns) * 1e-9,
+            e.start_thread_id(),
+            e.is_async(),
+            e.device_type() != DeviceType.CPU,
+        )
+        for e in events
         if not (e.is_user_annotation() and e.device_type() != DeviceType.CPU)
     ]
 
@@ -116,7 +124,7 @@ class Tracer:
     folder: Path
     ranks: Ranks
     blocks: Sequence[tuple[str, nn.Module]] = ()
-    """Modules whose forward passes, repeated ones too, are spans of that name."""
+    """Modules whose forward passes are spans of that name."""
     num_steps: int = 0
     _profiler: Profiler | None = None
     _hooks: list[Any] = field(default_factory=list)
@@ -144,8 +152,7 @@ class Tracer:
             def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
                 self._inside.pop().close()
 
-            # A recomputed forward pass stops as soon as it has what it needs: by an exception.
-            self._hooks += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave, always_call=True)]
+            self._hooks += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
 
     @property
     def is_running(self) -> bool:
@@ -171,7 +178,7 @@ class Tracer:
             profiler.export_chrome_trace(str(temporary))
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            shutil.move(temporary, self.folder / name)
+            os.replace(temporary, self.folder / name)
             sync_folder(self.folder)
         except OSError as error:
             temporary.unlink(missing_ok=True)

@@ -26,13 +26,13 @@ from reftrain.batches import Batches, open_batches
 from reftrain.checkpoint import CheckpointStore
 from reftrain.communication import communication_facts
 from reftrain.config import RunConfig
-from reftrain.curves import Curves
 from reftrain.guard import SpikeGuard, TrainingDivergedError
 from reftrain.host_memory import keep_freed_memory
 from reftrain.looks import Looks
-from reftrain.measure import MetricsLog, Summary, Utilization, find_utilization, read_metrics, summarize
+from reftrain.measure import Summary, Utilization, find_utilization, read_metrics, summarize
 from reftrain.parallel import Ranks, end_distributed, start_ranks
 from reftrain.prepare_run import hold_folder, on_first_rank, prepare_data, prepare_folder
+from reftrain.run_log import RunLog
 from reftrain.runnable import check_runnable
 from reftrain.steps import Engine, StepTimes
 
@@ -95,8 +95,7 @@ class Trainer:
         self.step = self.position = self.steps_here = 0
         self.saved_step = -1
         self.stop_signal = 0
-        self.log = MetricsLog(options.out / "metrics.jsonl") if ranks.is_first else None
-        self.curves = open_curves(options.out) if ranks.is_first else None
+        self.log = RunLog(options.out) if ranks.is_first else None
 
     def run(self) -> Summary:
         """Start or resume, then step by step to the end."""
@@ -145,10 +144,8 @@ class Trainer:
                 self.store.wait()
             raise
         finally:
-            for file in (self.log, self.curves):
-                if file is not None:
-                    with suppress(OSError):  # a full disk has been told of when it was met
-                        file.close()
+            if self.log is not None:
+                self.log.close()
 
     def _agree_to_stop(self) -> bool:
         """Whether any rank was told to stop."""
@@ -245,7 +242,9 @@ class Trainer:
         return {"num_skipped": self.guard.num_skipped, "num_rollbacks": self.guard.num_rollbacks}
 
     def _work(self, microbatches: list[tuple[Tensor, Tensor]], times: StepTimes) -> tuple[str, float, float, float]:
-        loss, norm = self.engine.agree(self.engine.forward_backward(microbatches, times))
+        loss_here = self.engine.forward_backward(microbatches, times)
+        with self.looks.agreeing(self.steps_here):
+            loss, norm = self.engine.agree(loss_here)
         # fp16: gradients beyond range with a sound loss mean that the scale is too large; `skip` halves it, and nothing is wrong.
         is_overflow = self.engine.loss_scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
         verdict = "skip" if is_overflow else self.guard.judge(loss, norm)
@@ -275,9 +274,8 @@ class Trainer:
             "step": self.step, "position": self.position, "guard": self.guard.state(), "loss_scale": self.engine.loss_scale,
             "good_steps": self.engine.good_steps, "model": self.config.model.name, "seed": self.config.training.seed,
         }  # fmt: skip
-        if self.curves is not None:
-            with self._room_for(self.curves.folder):
-                self.curves.flush()
+        if self.log is not None:
+            self.log.flush()
         self.store.save(self.step, self.engine.state(), extra, block=block)
         self.saved_step = self.step
 
@@ -319,23 +317,9 @@ class Trainer:
                 yield from (value for value in state.values() if isinstance(value, (Tensor, DTensor)))
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self.log is None:
-            return
-        with self._room_for(self.log.path, len(str(record))):
+        if self.log is not None:
             self.log.write(record)
-        if self.curves is not None:
-            with self._room_for(self.curves.folder):
-                self.curves.write(record)
-        self.progress(record)
-
-    @contextmanager
-    def _room_for(self, path: Path, num_bytes: int = 0) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            needed = f", {num_bytes:,} bytes are needed" if num_bytes else ""
-            rule = f"could not be written ({error.strerror}{needed})"
-            raise InputError.single("--out", str(path), rule, "free space, then --resume; the checkpoints are intact") from None
+            self.progress(record)
 
     def _finish(self) -> Summary:
         """Rank 0 writes `summary.json`, over all the processes that this run has had."""
@@ -343,8 +327,10 @@ class Trainer:
             self._note(found)
         if self.log is None:
             return Summary()
+        if self.looks.has_missed_trace:
+            say("warning: nothing was traced: the run ended within its warm-up")
         self.log.close()
-        config, records = self.config, read_metrics(self.log.path)
+        config, records = self.config, read_metrics(self.log.metrics.path)
         facts = {
             "schema_version": 1, "date": datetime.date.today().isoformat(), "device": device_name(self.ranks.device), "torch": torch.__version__,
             "num_threads": torch.get_num_threads(), "num_devices": self.ranks.world_size, "tokens_per_step": config.tokens_per_step,
@@ -370,22 +356,6 @@ class Trainer:
         summary = summarize(records, facts, utilization)
         summary.save(self.options.out / "summary.json")
         return summary
-
-
-def open_curves(out: Path) -> Curves | None:
-    """None, and a line that says so, where tensorboard is not installed.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    try:
-        return Curves(out / "tensorboard")
-    except ImportError:
-        say("no curves for TensorBoard, which is not installed: pip install tensorboard")
-    except OSError as error:
-        fix = "free space, or choose another folder"
-        raise InputError.single("--out", str(out / "tensorboard"), f"could not be written ({error.strerror})", fix) from None
-    return None
 
 
 def device_name(device: torch.device) -> str:
