@@ -186,7 +186,7 @@ def tune_micro_batch(config: RunConfig, folder: Path, say: Callable[[str], None]
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     plan = plan_of(config)
-    probed = vary(plan, {"training.data": prepare_data(config, folder)})
+    probed = vary(plan, {"training.data": prepare_data(config, folder), "training.profile_steps": 0})
     bare = {key: value for key, value in plan.items() if key not in ("prediction", "provenance")}
     child = Child()
 

@@ -137,7 +137,7 @@ def tuned(tmp_path_factory):
     plan["layout"] |= {"micro_batch_size": 1}
     plan |= predict(plan)
     path.write_text(json.dumps(plan))
-    done = CliRunner().invoke(app, ["run", str(path), "--out", str(folder / "run"), "--tune-micro-batch"], catch_exceptions=False)
+    done = CliRunner().invoke(app, ["run", str(path), "--out", str(folder / "run"), "--tune-micro-batch", "--profile"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return path, folder / "run", done.stdout
 
@@ -153,6 +153,7 @@ def test_the_fastest_size_runs_and_losses_stay(tuned, tmp_path):
     ran = load_plan(out / "plan.yaml")
     assert ran.layout.micro_batch_size == report["fastest"]
     assert ran.prediction["time"]["num_microbatches"] == 2 // report["fastest"]
+    assert [path.parent for path in out.rglob("traces")] == [out]
     found = [r["loss"] for r in raw_records(out) if r["kind"] == "step"]
     for size in (1, 2):
         changed = json.loads(plan.read_text())
