@@ -1,8 +1,8 @@
 """The real trainer on fake tensors: peak memory, FLOPs and bytes on the wire of any layout, in one process without hardware.
 
 Nothing is modelled here: the trainer's own objects (`reftrain.steps.Engine` with its model parts, FSDP, pipelines and
-optimizers) run two optimizer steps on tensors that have shapes and no bytes. One rank of each pipeline stage is simulated; the
-others of the stage do the same work on shards that are no larger.
+optimizers, which have their states from the start) run an optimizer step on tensors that have shapes and no bytes. One rank of
+each pipeline stage is simulated; the others of the stage do the same work on shards that are no larger.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from planner.errors import InputError
@@ -25,13 +24,13 @@ from reftrain.dry_run_report import LeftOut, StageDryRun, read_step
 from reftrain.dry_run_world import adapt_ddp, axis_names, simulated_rank
 from reftrain.optim import local_gradients
 from reftrain.parallel import Ranks
+from reftrain.pipeline import kept_bytes_per_microbatch
 from reftrain.runnable import check_runnable
 from reftrain.steps import Engine, StepTimes
 
 __all__ = ["DryRun", "dry_run"]
 
-NUM_STEPS = 2
-"""The second has optimizer states."""
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -80,20 +79,21 @@ def dry_run(config: RunConfig, *, stages: Sequence[int] | None = None, rounding_
 
 
 def _microbatches_that_matter(config: RunConfig) -> int:
-    """How many microbatches show the peak.
+    """How many microbatches show the peak, and what those left out would move.
 
-    Without a pipeline the first begins without gradients and the last synchronizes them; those between are alike. A pipeline
-    fills within pp microbatches and repeats itself after that; GPipe keeps all of them.
+    Without a pipeline the first begins without gradients and the last synchronizes them; those between are alike, but that FSDP
+    gathers some weights once more in the second. A pipeline fills within pp microbatches and repeats itself after that, an
+    interleaved one within 2 pp; GPipe keeps all of them.
     """
     layout, count = config.layout, config.num_microbatches
     if layout.pp == 1:
-        return min(count, 3)
+        return min(count, 4)
     if layout.schedule == "gpipe":
         return count
     return min(count, (3 if layout.schedule == "interleaved_1f1b" else 2) * layout.pp)
 
 
-def _simulate(config: RunConfig, stage: int, count: int, rounding_bytes: int) -> StageDryRun:
+def _simulate(config: RunConfig, stage: int, count: int, rounding_bytes: int, num_steps: int | None = None) -> StageDryRun:
     start, layout = time.perf_counter(), config.layout
     shorter = replace(config, global_batch_size=count * layout.dp * layout.micro_batch_size)
     with simulated_rank(layout, stage * (layout.num_devices // layout.pp)) as ranks, ExitStack() as stack:
@@ -103,35 +103,43 @@ def _simulate(config: RunConfig, stage: int, count: int, rounding_bytes: int) ->
             if isinstance(part, DistributedDataParallel):
                 adapt_ddp(part)
         stack.enter_context(ledger)
-        stack.enter_context(ledger.places.follow(engine.models))
-        for model in engine.models:
-            stack.enter_context(ledger.forward_of(model))
+        stack.enter_context(ledger.listening(engine.models))
+        places = {id(weight): name.rpartition(".")[0] for model in engine.models for name, weight in model.named_parameters()}
         ledger.hold(_named_weights(engine), "weights")
         microbatches, others = _batch(config, ranks, count), _batch(config, ranks, config.num_microbatches - count)
         ledger.hold((("", tensor) for pair in (*microbatches, *others) for tensor in pair), "inputs")
-        for step in range(NUM_STEPS):
+        kept = torch.empty(len(others) * kept_bytes_per_microbatch(config, engine.models), dtype=torch.uint8)
+        ledger.hold([("", kept)], "communication_buffers")
+        engine._start_optimizers()
+        ledger.hold(_named_states(engine, places), "optimizer")
+        # DDP makes its buckets anew after the first step.
+        for step in range(num_steps or (2 if ranks.uses_ddp else 1)):
             ledger.begin_step()
-            _one_step(engine, ledger, microbatches, step)
+            _one_step(engine, ledger, microbatches, others, places, step)
         period = layout.pp if layout.schedule == "interleaved_1f1b" else 1
         left_out = LeftOut(count, config.num_microbatches - count, period, len(engine.parts))
         return read_step(ledger.step, stage, ranks.rank, time.perf_counter() - start, left_out)
 
 
-def _one_step(engine: Engine, ledger: Ledger, microbatches: list[tuple[Tensor, Tensor]], step: int) -> None:
+def _one_step(engine: Engine, ledger: Ledger, microbatches: Pairs, others: Pairs, places: dict[int, str], step: int) -> None:
+    """As the trainer's loop does it; a pipeline joins all its microbatches first, those left out too."""
     with ledger.during("forward"):
+        joined = [torch.cat(tensors) for tensors in zip(*others, strict=True)] if engine.pipeline is not None else []
         loss = engine.forward_backward(microbatches, StepTimes())
-    places = {id(weight): name.rpartition(".")[0] for model in engine.models for name, weight in model.named_parameters()}
+        del joined
     for weight, grad in local_gradients(engine.parts):
         ledger.mark(grad, "gradients").module = places[id(weight)]
     with ledger.during("clip"):
         _, norm = engine.agree(loss)
     with ledger.during("optimizer"):
         engine.update(step, norm)
+    ledger.hold(_named_states(engine, places), "optimizer")
+
+
+def _named_states(engine: Engine, places: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
     for optimizer in engine.optimizers:
-        for parameter, state in optimizer.state.items():
-            ledger.hold(((places[id(parameter)], value) for value in state.values() if isinstance(value, Tensor)), "optimizer")
-    if step == 0:
-        _watch_gathered_gradients(engine, ledger)
+        for weight, state in optimizer.state.items():
+            yield from ((places[id(weight)], value) for value in state.values() if isinstance(value, Tensor))
 
 
 def _named_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
@@ -140,24 +148,8 @@ def _named_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         yield from ((name.rpartition(".")[0], buffer) for name, buffer in model.named_buffers())
 
 
-def _batch(config: RunConfig, ranks: Ranks, count: int) -> list[tuple[Tensor, Tensor]]:
+def _batch(config: RunConfig, ranks: Ranks, count: int) -> Pairs:
     shape = (config.layout.micro_batch_size, config.seq_len // config.layout.cp)
     return [
         (torch.zeros(shape, dtype=torch.int64, device=ranks.device), torch.zeros(shape, dtype=torch.int64, device=ranks.device)) for _ in range(count)
     ]
-
-
-def _watch_gathered_gradients(engine: Engine, ledger: Ledger) -> None:
-    """Gradients of gathered parameters, which live until they are scattered, are told as they come."""
-
-    def told(parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            ledger.mark(parameter.grad, "gathered_gradients")
-
-    for model in engine.models:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                for group in module._get_fsdp_state()._fsdp_param_groups:
-                    for parameter in group.fsdp_params:
-                        if hasattr(parameter, "_unsharded_param"):
-                            parameter._unsharded_param.register_post_accumulate_grad_hook(told)  # type: ignore[no-untyped-call]

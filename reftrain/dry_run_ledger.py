@@ -8,7 +8,7 @@ birth, and one that becomes a gradient was a gradient.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import ProcessGroup
-from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.utils.checkpoint import _recomputation_hook
 from torch.utils.flop_counter import flop_registry, shape_wrapper
+from torch.utils.hooks import RemovableHandle
 
 from reftrain.dry_run_places import Places
 from reftrain.live_memory import LiveMemory, held
@@ -29,7 +30,7 @@ __all__ = ["CATEGORIES", "Ledger", "Record", "Traffic"]
 aten = torch.ops.aten
 EXCHANGED = "exchanged"
 CATEGORIES = (
-    "temporaries", "inputs", EXCHANGED, "activations", "recomputed_activations", "logits", "communication_buffers", "cast_weights",
+    "temporaries", "inputs", EXCHANGED, "recomputed_activations", "activations", "logits", "communication_buffers", "cast_weights",
     "gathered_gradients", "gathered_weights", "gradients", "optimizer", "weights",
 )  # fmt: skip
 """Weakest first. Reported as `communication_buffers` too: `exchanged`, what tensor, context, expert and pipeline parallelism send or
@@ -97,6 +98,7 @@ class Ledger(LiveMemory):  # type: ignore[no-untyped-call]
         self.places = Places()
         self._axes = axes
         self._op = "held before"
+        self._followed: set[int] = set()
         self._tensor: Tensor | None = None
         super().__init__(rounding_bytes=rounding_bytes)
 
@@ -133,8 +135,33 @@ class Ledger(LiveMemory):  # type: ignore[no-untyped-call]
             self.step.phases.append((self.num_ops, phase))
 
     @contextmanager
-    def forward_of(self, part: nn.Module) -> Iterator[None]:
-        """Every forward pass of `part`: what it leaves behind that has no other use is kept for the backward pass."""
+    def listening(self, parts: Sequence[nn.Module]) -> Iterator[None]:
+        """Listens to the modules of `parts`, and where FSDP, recomputation and autograd keep tensors beneath the dispatcher."""
+        for part in parts:
+            for parameter in part.parameters():
+                self._follow_gradient(parameter, "gradients")
+        hooks = [hook for part in parts for hook in self._follow_forward(part)]
+        try:
+            with (
+                self.places.follow(parts),
+                _afterwards(FSDPParam, "init_unsharded_param", self._see_gathered_parameter),
+                _afterwards(FSDPParam, "to_accumulated_grad_if_needed", self._see_gathered_gradient),
+                _afterwards(_recomputation_hook, "__init__", self._follow_recomputation),
+            ):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _follow_gradient(self, parameter: Tensor, category: str) -> None:
+        def told(held_by: Tensor) -> None:
+            if held_by.grad is not None:
+                self.mark(held_by.grad, category)
+
+        parameter.register_post_accumulate_grad_hook(told)  # type: ignore[no-untyped-call]
+
+    def _follow_forward(self, part: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+        """What a forward pass of `part` leaves behind that has no other use is kept for the backward pass."""
         before: list[set[int]] = []
 
         def start(*_: Any) -> None:
@@ -147,49 +174,29 @@ class Ledger(LiveMemory):  # type: ignore[no-untyped-call]
                 if key not in known and record.category in ("temporaries", EXCHANGED):
                     record.mark("activations")
 
-        hooks = part.register_forward_pre_hook(start, prepend=True), part.register_forward_hook(end)
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return part.register_forward_pre_hook(start, prepend=True), part.register_forward_hook(end)
+
+    def _see_gathered_parameter(self, parameter: Any) -> None:
+        gathered = parameter._unsharded_param
+        self.mark(gathered, "gathered_weights")
+        if id(gathered) not in self._followed:
+            self._followed.add(id(gathered))
+            self._follow_gradient(gathered, "gathered_gradients")
+
+    def _see_gathered_gradient(self, parameter: Any) -> None:
+        if parameter.unsharded_accumulated_grad is not None:
+            self.mark(parameter.unsharded_accumulated_grad, "gathered_gradients")
+
+    def _follow_recomputation(self, hook: Any) -> None:
+        pack = hook.pack_hook
+
+        def told(x: Tensor) -> Tensor:
+            self.mark(x, "recomputed_activations")
+            return pack(x)  # type: ignore[no-any-return]
+
+        hook.pack_hook = told
 
     # ------------------------------------------------------------ what ops do
-
-    def __enter__(self) -> Ledger:
-        """Listens where FSDP and recomputation keep tensors beneath the dispatcher."""
-        super().__enter__()
-        fsdp: Any = _fsdp_param.FSDPParam
-        hook_class: Any = _recomputation_hook
-        accumulate, recompute = fsdp.to_accumulated_grad_if_needed, hook_class.__init__
-
-        def accumulated(parameter: Any) -> None:
-            accumulate(parameter)
-            grad = getattr(parameter, "unsharded_accumulated_grad", None)
-            if grad is not None:
-                self.mark(grad, "gathered_gradients")
-
-        def recomputed(hook: Any, *args: Any) -> None:
-            recompute(hook, *args)
-            pack = hook.pack_hook
-
-            def told(x: Tensor) -> Tensor:
-                self.mark(x, "recomputed_activations")
-                return pack(x)  # type: ignore[no-any-return]
-
-            hook.pack_hook = told
-
-        def restore() -> None:
-            fsdp.to_accumulated_grad_if_needed, hook_class.__init__ = accumulate, recompute
-
-        fsdp.to_accumulated_grad_if_needed, hook_class.__init__ = accumulated, recomputed
-        self._restore = restore
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        """See `__enter__`."""
-        self._restore()
-        super().__exit__(*args)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """One op: values that fake tensors lack are made up, then storages, FLOPs and bytes on the wire are written down."""
@@ -202,7 +209,8 @@ class Ledger(LiveMemory):  # type: ignore[no-untyped-call]
         if self.phase in ("forward", "backward"):
             self._enter_phase("forward" if IN_BACKWARD() == -1 else "backward")
         self._op = "input"
-        self.see_all((args, kwargs))
+        self.see_all(args)
+        self.see_all(kwargs)
         packet = func._overloadpacket
         self._op = packet.__name__
         out = func(*args, **kwargs)
@@ -222,7 +230,7 @@ class Ledger(LiveMemory):  # type: ignore[no-untyped-call]
 
     def _note_traffic(self, func: Any, args: Any, out: Any) -> None:
         kind = _kind(func)
-        if kind is None:
+        if kind is None or (kind in ("send", "receive") and args[0][0].numel() == 1):  # torch greets a pipeline's neighbours once
             return
         tensors = [[x for x in (arg if isinstance(arg, (list, tuple)) else [arg]) if isinstance(x, Tensor)] for arg in args]
         is_functional = func.namespace != "c10d"
@@ -274,6 +282,23 @@ class Ledger(LiveMemory):  # type: ignore[no-untyped-call]
         if key not in self.records:  # a storage that FSDP has emptied
             self.records[key] = self._born(tensor)
         return self.records[key]
+
+
+@contextmanager
+def _afterwards(owner: Any, name: str, told: Callable[[Any], None]) -> Iterator[None]:
+    """Calls `told(self)` after every call of a class's method."""
+    method = getattr(owner, name)
+
+    def run(self: Any, *args: Any) -> Any:
+        out = method(self, *args)
+        told(self)
+        return out
+
+    setattr(owner, name, run)
+    try:
+        yield
+    finally:
+        setattr(owner, name, method)
 
 
 def _kind(func: Any) -> str | None:

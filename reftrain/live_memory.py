@@ -14,7 +14,6 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 __all__ = ["LiveMemory", "held"]
 
@@ -64,16 +63,22 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Looks at what the op takes (it may have been there before), runs it, and looks at what it made."""
         kwargs = kwargs or {}
-        self.see_all((args, kwargs))
+        self.see_all(args)
+        self.see_all(kwargs)
         out = func(*args, **kwargs)
         self.see_all(out)
         return out
 
     def see_all(self, values: Any) -> None:
         """Sees every tensor in nested lists, tuples and dicts."""
-        for leaf in tree_leaves(values):
-            if isinstance(leaf, Tensor):
-                self.see(leaf)
+        if isinstance(values, Tensor):
+            self.see(values)
+        elif isinstance(values, (list, tuple)):
+            for value in values:
+                self.see_all(value)
+        elif isinstance(values, dict):
+            for value in values.values():
+                self.see_all(value)
 
     def see_gathered(self, tensor: Tensor) -> None:
         """Sees a parameter that FSDP has gathered or dropped."""

@@ -19,7 +19,7 @@ from reftrain.config import RunConfig
 from reftrain.model import Transformer
 from reftrain.parallel import Ranks
 
-__all__ = ["make_pipeline"]
+__all__ = ["kept_bytes_per_microbatch", "make_pipeline"]
 
 ONE_CHUNK = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 MANY_CHUNKS = {"interleaved_1f1b": ScheduleInterleaved1F1B, "zb_h1": ScheduleInterleavedZeroBubble}
@@ -70,3 +70,18 @@ def _examples(config: RunConfig, model: Transformer) -> tuple[Tensor, Tensor]:
     hidden = torch.empty(batch, width, config.model.hidden_size, dtype=config.compute_dtype, device="meta", requires_grad=True)
     loss = torch.empty(1, device="meta", requires_grad=True)
     return hidden if model.embeddings is None else tokens, hidden if model.head is None else loss
+
+
+def kept_bytes_per_microbatch(config: RunConfig, models: list[Transformer]) -> int:
+    """Bytes that torch's schedules hold for every microbatch of a step, beyond activations; 0 without a pipeline.
+
+    Buffers to receive activations and gradients in, from the first step on; zero-bubble keeps each gradient that it sent, too.
+    """
+    total, times = 0, 2 if config.layout.schedule == "zb_h1" else 1
+    for model in models if config.layout.pp > 1 else ():
+        received, sent = _examples(config, model)
+        if model.embeddings is None:
+            total += times * received.numel() * received.element_size()
+        if model.head is None:
+            total += sent.numel() * sent.element_size()
+    return total
