@@ -19,7 +19,7 @@ from planner.errors import InputError, Problem
 from planner.layout import Layout
 from planner.layout_rules import Facts, check_layout
 from planner.model_spec import ModelSpec
-from planner.plan import Request, load_plan
+from planner.plan import Request, load_plan, spec_to_plain
 from planner.spec import NonNegativeInt, PositiveInt, Spec, build
 from planner.workload import Workload
 
@@ -153,6 +153,13 @@ class RunConfig:
     seq_len: int
     global_batch_size: int
     num_steps: int
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The request as it was, with all that was filled in or changed on the command line."""
+        # None has a meaning under training: no clipping.
+        training = self.training.model_dump(by_alias=True)
+        return {**spec_to_plain(self.request), "layout": spec_to_plain(self.layout), "training": training}
 
     @property
     def compute_dtype(self) -> torch.dtype:

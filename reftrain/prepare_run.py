@@ -61,8 +61,7 @@ def prepare_folder(config: RunConfig, out: Path, resume: bool) -> None:
         InputError: see `check_folder`; or the folder cannot be written.
     """
     check_folder(config, out, resume)
-    plan = {**spec_to_plain(config.request), "layout": spec_to_plain(config.layout), "training": spec_to_plain(config.training)}
-    write_text(out / "plan.yaml", to_yaml(plan))
+    write_text(out / "plan.yaml", to_yaml(config.plan))
 
 
 def prepare_data(config: RunConfig, out: Path) -> str:

@@ -36,7 +36,7 @@ from reftrain.config import RunConfig, Training, make_run_config
 from reftrain.measure import read_metrics
 from reftrain.prepare_run import prepare_data
 from reftrain.runnable import check_runnable
-from reftrain.trials import Child, plan_of, rendered, vary
+from reftrain.trials import Child, rendered, vary
 
 __all__ = ["Row", "Sweep", "Trial", "parse_grid", "plan_trials", "render_sweep", "run_sweep"]
 
@@ -159,7 +159,7 @@ def plan_trials(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[Tr
     count = math.prod(len(values) for values in grid.values())
     if count > MAX_RUNS:
         raise InputError.single("--grid", count, f"a sweep has at most {MAX_RUNS:,} runs", "give fewer values")
-    plan, trials = plan_of(config), []
+    plan, trials = config.plan, []
     problems: dict[str, Problem] = {}
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
@@ -237,7 +237,7 @@ def _held(out: Path) -> Iterator[int]:
 def _check_plan(config: RunConfig, out: Path) -> None:
     """The plan that is varied stays the same for the life of a sweep; the grid may grow."""
     file = out / "plan.yaml"
-    plan = to_yaml({key: value for key, value in plan_of(config).items() if key not in ("prediction", "provenance")})
+    plan = to_yaml({key: value for key, value in config.plan.items() if key not in ("prediction", "provenance")})
     if not file.exists():
         if any(path.name != ".lock" for path in out.iterdir()):
             raise InputError.single("--out", str(out), "holds something else already", "choose an empty folder")

@@ -16,20 +16,13 @@ from rich.table import Table
 
 from planner.errors import InputError
 from planner.files import parse_yaml
-from planner.plan import build_request, spec_to_plain
-from reftrain.config import RunConfig
+from planner.plan import build_request
 
-__all__ = ["Child", "plan_of", "predict", "rendered", "vary"]
+__all__ = ["Child", "predict", "rendered", "vary"]
 
 POLL_S = 0.1
 TABLE_COLUMNS = 140
 """At least so wide are tables, whatever the terminal: a figure cut off is worse than a line that wraps."""
-
-
-def plan_of(config: RunConfig) -> dict[str, Any]:
-    """The plain plan of a run: the request, with all that was filled in or changed on the command line."""
-    plan = {**spec_to_plain(config.request), "layout": spec_to_plain(config.layout)}
-    return {**plan, "training": config.training.model_dump(by_alias=True)}  # None has a meaning there: no clipping
 
 
 def vary(plan: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from reftrain.parallel import end_distributed, start_ranks
 from reftrain.prepare_run import prepare_data
 from reftrain.runnable import check_runnable
 from reftrain.train import RunOptions, Trainer, set_numerics
-from reftrain.trials import Child, plan_of, predict, rendered, vary
+from reftrain.trials import Child, predict, rendered, vary
 
 __all__ = ["Rung", "Tuning", "climb", "measure_steps", "render_tuning", "tune_micro_batch", "tuned_plan"]
 
@@ -171,7 +171,7 @@ def tuned_plan(config: RunConfig, folder: Path) -> Path | None:
     report, plan = folder / FOLDER / "report.json", folder / FOLDER / "plan.yaml"
     if not report.is_file():
         return None
-    write_text(plan, to_yaml(vary(plan_of(config), {"layout.micro_batch_size": read_json(report)["fastest"]})))
+    write_text(plan, to_yaml(vary(config.plan, {"layout.micro_batch_size": read_json(report)["fastest"]})))
     return plan
 
 
@@ -185,7 +185,7 @@ def tune_micro_batch(config: RunConfig, folder: Path, say: Callable[[str], None]
     place = folder / FOLDER
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    plan = plan_of(config)
+    plan = config.plan
     probed = vary(plan, {"training.data": prepare_data(config, folder), "training.profile_steps": 0})
     bare = {key: value for key, value in plan.items() if key not in ("prediction", "provenance")}
     child = Child()

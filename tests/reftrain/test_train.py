@@ -16,6 +16,7 @@ from reftrain.batches import Batches
 from reftrain.config import load_run_config
 from reftrain.data import TokenDataset
 from reftrain.measure import read_metrics
+from reftrain.prepare_run import prepare_folder
 from reftrain.progress import render_summary
 from reftrain.steps import Engine
 from reftrain.train import RunOptions, Trainer, train
@@ -101,6 +102,11 @@ def test_another_plan_is_refused_with_what_differs(finished, copy, tmp_path, key
 def test_what_may_change_on_resume(finished, copy):
     changes = {"num_steps": 21, "learning_rate": 1e-4, "checkpoint_every_steps": 7, "async_checkpoints": False}
     assert run(finished[0], copy, changes, resume=True)["num_steps"] == 21
+
+
+def test_the_plan_of_a_run_keeps_what_was_switched_off(finished, tmp_path):
+    prepare_folder(load_run_config(finished[0], {"clip_norm": None}), tmp_path, resume=False)
+    assert load_run_config(tmp_path / "plan.yaml").training.clip_norm is None
 
 
 def test_no_whole_checkpoint_left(finished, copy):
