@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("learning"), help="data, run and result; a cut run there goes on")
     parser.add_argument("--order", type=int, default=4, help="words in an n-gram")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--schedule", choices=("wsd", "cosine"), default="wsd")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
