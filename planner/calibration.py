@@ -1,12 +1,13 @@
 """Runs -> a stack whose predictions fit them: coefficients, intervals, and errors on runs that were left out of the fit.
 
-A step's seconds are a sum over kinds of work, each divided by one coefficient of the stack. The fit scales those coefficients (and the
-memory's slack) towards the runs, and stays near where it started for kinds that the runs say little about.
+A step's seconds are a sum over kinds of work, each divided by one coefficient of the stack, and a rest that no coefficient divides. The fit
+scales those coefficients towards the runs, and stays near where it started for kinds that the runs say little about.
 """
 
 from __future__ import annotations
 
 import datetime
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +18,17 @@ import numpy as np
 from planner.errors import InputError, Problem
 from planner.estimate import estimate
 from planner.files import to_json, to_yaml, write_text
-from planner.plan import COMMUNICATION_PARTS, Plan, Request, build_request
+from planner.plan import Plan, Request, build_request
 from planner.run_files import read_plan, read_summary
 from planner.spec import build
 from planner.stack import StackSpec, load_stack
 
 __all__ = ["Calibration", "Run", "calibrate", "read_run"]
 
-KINDS: dict[str, tuple[str, ...]] = {
-    "matmul": ("matmul", "grouped_matmul"),
-    "attention": ("attention",),
-    "memory": ("memory_bound", "optimizer"),
-    "communication": COMMUNICATION_PARTS,
-}
-"""Coefficient of the stack -> the parts of a step's time that it divides; `recompute` is shared out among them."""
-RECOMPUTED = ("matmul", "grouped_matmul", "attention", "memory_bound", "tensor_parallel", "context_parallel", "expert_parallel")
-"""Parts of a step that full recompute runs once more."""
+KINDS = ("matmul", "attention", "memory", "communication")
+"""Coefficients of a stack that divide seconds of a step; `matmul` stands for those of single accelerators too."""
+NUDGE_FRACTION = 0.01
+"""How much slower one kind is made to see how many seconds of a step it divides."""
 PRIOR_WEIGHT = 0.02
 """Weight of staying where one was, against the mean squared relative error of the runs; chosen on no run: a fifth of a kind's time may
 move freely when ten runs ask for it."""
@@ -97,10 +93,12 @@ def read_run(folder: str | Path) -> Run:
 def calibrate(runs: Sequence[Run], stack_name: str | None = None, name: str | None = None) -> Calibration:
     """Fits a stack to runs.
 
-    Formula: minimizes mean((sum_k x_k t_ik / y_i - 1)^2) + PRIOR_WEIGHT * mean((x_k - 1)^2) over the time factors x_k of the kinds
-    k, where t_ik are the predicted seconds of kind k in run i and y_i the measured ones; the new coefficient is the old one over x_k.
+    Formula: minimizes mean(((r_i + sum_k x_k t_ik) / y_i - 1)^2) + PRIOR_WEIGHT * mean((x_k - 1)^2) over the time factors x_k of the kinds
+    k, with y_i the measured seconds of run i, t_ik those predicted for kind k and r_i those that no kind divides; a coefficient becomes the old
+    one over x_k.
     The interval is the 10th to 90th percentile of measured over predicted, each predicted by a fit without the runs of that configuration.
-    Left out: how far slower work hides more communication or stretches a pipeline's bubble (about 1% of a step).
+    t_ik is the change of the predicted step per relative change of x_k, so that work done again, overheads and overlap count as they are
+    priced. It is taken where the old stack stands; the errors that are reported come from whole predictions by the new one.
 
     Args:
         stack_name: the stack to start from; None: the runs' own.
@@ -110,15 +108,21 @@ def calibrate(runs: Sequence[Run], stack_name: str | None = None, name: str | No
         InputError: fewer than three configurations, a run named twice, or runs of several stacks.
     """
     _check_runs(runs)
-    plans = [estimate(run.request if stack_name is None else run.request.model_copy(update={"stack": stack_name})) for run in runs]
+    plans = [_estimate(run, stack_name) for run in runs]
     start, groups = _common_stack(plans), _configurations(plans)
-    times = np.array([_seconds_by_kind(plan) for plan in plans])
-    measured = np.array([run.step_s for run in runs])
-    factors = _fit(times, measured)
-    left_out = np.array([times[i] @ _fit(times[groups != groups[i]], measured[groups != groups[i]]) for i in range(len(runs))])
-    before, after = times.sum(axis=1), times @ factors
+    old = load_stack(start)
+    before = np.array([plan.time.step_s.value for plan in plans])
+    measured, times = np.array([run.step_s for run in runs]), _seconds_by_kind(runs, before, old)
+    rest = before - times.sum(axis=1)
+    factors = _fit(times, rest, measured)
+    after = _predict(runs, old, factors)
+    left_out = np.empty(len(runs))
+    for group in set(groups):
+        own = groups == group
+        fitted = _fit(times[~own], rest[~own], measured[~own])
+        left_out[own] = _predict([run for run, is_own in zip(runs, own, strict=True) if is_own], old, fitted)
     memory = np.array([run.peak_bytes / plan.memory.peak_bytes.value for run, plan in zip(runs, plans, strict=True)])
-    stack = _new_stack(load_stack(start), name or f"{start}-calibrated", factors, measured / left_out, memory, runs)
+    stack = _new_stack(old, name or f"{start}-calibrated", factors, measured / left_out, memory, runs)
     rows = tuple(
         {"run": run.name, "measured_step_s": run.step_s, "before_step_s": float(b), "after_step_s": float(a), "left_out_step_s": float(o)}
         for run, b, a, o in zip(runs, before, after, left_out, strict=True)
@@ -154,15 +158,23 @@ def _configurations(plans: Sequence[Plan]) -> np.ndarray:
     return np.array([distinct.index(key) for key in keys])
 
 
-def _seconds_by_kind(plan: Plan) -> list[float]:
-    """Predicted seconds of one step, [kinds]: their sum is the step. Work done again goes to the kinds that it repeats."""
-    parts = plan.time.breakdown_s
-    if plan.inputs["workload"].get("recompute") == "full":
-        share = 1 + parts["recompute"] / sum(parts[part] for part in RECOMPUTED)
-        parts = {name: seconds * share if name in RECOMPUTED else seconds for name, seconds in parts.items()}
-    else:  # selective recompute runs norms and activations again
-        parts = {**parts, "memory_bound": parts["memory_bound"] + parts["recompute"]}
-    return [sum(parts[part] for part in names) for names in KINDS.values()]
+def _estimate(run: Run, stack: str | None) -> Plan:
+    return estimate(run.request if stack is None else run.request.model_copy(update={"stack": stack}))
+
+
+def _predict(runs: Sequence[Run], old: StackSpec, factors: np.ndarray) -> np.ndarray:
+    """Predicted seconds of one step, [runs], by the old stack with these time factors."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/scaled.yaml"
+        write_text(path, to_yaml(_scaled(old, factors, "assumed", "a step of the fit")))
+        return np.array([_estimate(run, path).time.step_s.value for run in runs])
+
+
+def _seconds_by_kind(runs: Sequence[Run], before: np.ndarray, old: StackSpec) -> np.ndarray:
+    """Predicted seconds of one step that each coefficient divides, [runs, kinds]."""
+    nudged = [_predict(runs, old, 1 + NUDGE_FRACTION * unit) for unit in np.eye(len(KINDS))]
+    seconds: np.ndarray = (np.array(nudged).T - before[:, None]) / NUDGE_FRACTION
+    return seconds
 
 
 def _common_stack(plans: Sequence[Plan]) -> str:
@@ -172,18 +184,31 @@ def _common_stack(plans: Sequence[Plan]) -> str:
     return names[0]
 
 
-def _fit(times: np.ndarray, measured: np.ndarray) -> np.ndarray:
+def _fit(times: np.ndarray, rest: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """Time factors, [kinds]: ridge regression towards 1 on relative errors, inside bounds (projected, kind by kind)."""
-    design = times / measured[:, None]
+    design, target = times / measured[:, None], 1 - rest / measured
     num_runs, num_kinds = design.shape
     gram = design.T @ design / num_runs + PRIOR_WEIGHT / num_kinds * np.eye(num_kinds)
-    target = design.mean(axis=0) + PRIOR_WEIGHT / num_kinds
+    goal = design.T @ target / num_runs + PRIOR_WEIGHT / num_kinds
     factors = np.ones(num_kinds)
     for _ in range(500):  # coordinate descent of a convex quadratic: converges to the bounded optimum
         for k in range(num_kinds):
-            rest = gram[k] @ factors - gram[k, k] * factors[k]
-            factors[k] = np.clip((target[k] - rest) / gram[k, k], LEAST_FACTOR, MOST_FACTOR)
+            others = gram[k] @ factors - gram[k, k] * factors[k]
+            factors[k] = np.clip((goal[k] - others) / gram[k, k], LEAST_FACTOR, MOST_FACTOR)
     return factors
+
+
+def _scaled(old: StackSpec, factors: np.ndarray, evidence: str, source: str) -> dict[str, Any]:
+    """The old stack's file with each rate divided by the time factor of its kind."""
+    values = old.model_dump(exclude_none=True, by_alias=True)
+    rates = {kind: 1.0 if values.get(kind) is None else values[kind]["value"] for kind in KINDS}
+    origin = {"evidence": evidence, "source": source}
+    values |= {kind: {"value": float(rates[kind] / factor), **origin} for kind, factor in zip(KINDS, factors, strict=True)}
+    values["matmul_per_device"] = {
+        device: {"value": float(rate.value / factors[KINDS.index("matmul")]), **origin} for device, rate in old.matmul_per_device.items()
+    }
+    sizes = {"context": f"{old.context!r} B", "collective_buffers": f"{old.collective_buffers!r} B"}
+    return values | {"kernel_overhead": f"{old.kernel_overhead!r} s", **sizes}
 
 
 def _new_stack(
@@ -192,19 +217,11 @@ def _new_stack(
     """The old stack's file with new coefficients and intervals."""
     today = datetime.date.today().isoformat()
     source = f"fitted to {len(runs)} runs on {today}, from the stack {old.name}"
-    values = old.model_dump(exclude_none=True, by_alias=True)
+    values = _scaled(old, factors, "fitted", source)
     values |= {"name": name, "description": f"{old.description}, calibrated", "source": source, "date": today}
-    for kind, factor in zip(KINDS, factors, strict=True):
-        previous = 1.0 if values.get(kind) is None else values[kind]["value"]
-        values[kind] = {"value": float(previous / factor), "evidence": "fitted", "source": source}
     spread_source = f"10th and 90th percentile of measured over predicted in {len(runs)} runs, each left out of its own fit ({today})"
     values["time_interval"] = _spread(time_ratio, spread_source)
     values["memory_interval"] = _spread(memory_ratio, f"10th and 90th percentile of measured over predicted in {len(runs)} runs ({today})")
-    values |= {
-        "kernel_overhead": f"{old.kernel_overhead!r} s",
-        "context": f"{old.context!r} B",
-        "collective_buffers": f"{old.collective_buffers!r} B",
-    }
     build(StackSpec, values, "stack")
     return values
 

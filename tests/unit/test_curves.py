@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planner.calibration import _fit
 from planner.curves import Curve, MatmulGrid
 from planner.errors import InputError
 from planner.spec import build
@@ -40,17 +39,3 @@ def test_a_grid_grows_with_the_work_beyond_it() -> None:
 def test_wrong_curves_are_refused(values: dict[str, list[float]]) -> None:
     with pytest.raises(InputError):
         build(Curve, values, "curve")
-
-
-def test_a_fit_finds_the_factors_that_made_the_runs() -> None:
-    times = np.random.default_rng(0).uniform(0.1, 1.0, (200, 4))
-    true = np.array([1.2, 0.8, 1.5, 1.0])
-    found = _fit(times, times @ true)
-    assert found == pytest.approx(true, abs=0.2), "the prior pulls a little towards 1"
-    assert np.median(np.abs(times @ found / (times @ true) - 1)) < 0.02
-    assert np.median(np.abs(times.sum(axis=1) / (times @ true) - 1)) > 0.08, "there was something to find"
-
-
-def test_a_fit_stays_where_it_was_for_kinds_that_the_runs_do_not_have() -> None:
-    times = np.random.default_rng(0).uniform(0.1, 1.0, (20, 4)) * [1, 1, 1, 0]
-    assert _fit(times, 1.3 * times.sum(axis=1))[3] == pytest.approx(1.0)
