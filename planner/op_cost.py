@@ -83,7 +83,7 @@ class Transfer:
     axis: Literal["tp", "cp", "ep"]
     phase: Literal["forward", "backward"]
     num_bytes: Array
-    num_calls: int = 1
+    num_calls: Array = 1
     """Equal messages that carry them."""
 
 

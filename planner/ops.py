@@ -18,10 +18,21 @@ import numpy as np
 
 from planner.op_cost import Array, Numerics, OpCost, Producer, Region, Shard, Transfer
 
-__all__ = ["Collective", "Elementwise", "Embedding", "GroupedLinear", "Linear", "Loss", "Norm"]
+__all__ = ["Collective", "Elementwise", "Embedding", "GroupedLinear", "Linear", "Loss", "Norm", "loss_chunks"]
 
-LOSS_CHUNKS = 8
-"""Parts in which a chunked loss computes logits and their gradient."""
+MOST_LOSS_CHUNKS, LEAST_CHUNK_ROWS = 8, 256
+
+
+def loss_chunks(rows: Array) -> Array:
+    """Parts in which a chunked loss computes logits and their gradient: 8, or fewer where each would have under 256 rows.
+
+    Each part reads and adds to the gradient of the whole head, which costs more than small parts save.
+
+    Example:
+        >>> [int(loss_chunks(rows)) for rows in (100, 512, 8192)]
+        [1, 2, 8]
+    """
+    return np.clip(np.floor_divide(rows, LEAST_CHUNK_ROWS), 1, MOST_LOSS_CHUNKS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +84,7 @@ class Linear:
         b = numerics.compute_bytes
         trained = 0.0 if is_frozen or self.is_tied else weight
         is_embedding = self.category == "embedding"
-        num_chunks = LOSS_CHUNKS if self.is_chunked and numerics.loss_kernel == "chunked" else 1
+        num_chunks = loss_chunks(rows) if self.is_chunked and numerics.loss_kernel == "chunked" else 1
         return OpCost(
             self,
             matrix_params=adapter + (0.0 if is_embedding else trained),
@@ -287,7 +298,7 @@ class Loss:
     """Softmax cross-entropy over the vocabulary of this device.
 
     Formula: bytes kept per logit: unfused 4 (fp32 probabilities) beside the logits themselves in compute format and
-    fp32; fused: the logits, overwritten by their gradient; chunked: an eighth of that. `workspace_bytes` is the
+    fp32; fused: the logits, overwritten by their gradient; chunked: one chunk of that. `workspace_bytes` is the
     gradient while the backward pass of the head runs. Classes split over t ranks: each token's largest logit, sum of exponentials and
     target logit, in fp32, summed one after the other (Megatron-LM, arXiv:1909.08053 section 3) or, chunked, gathered at once.
     """
@@ -300,12 +311,13 @@ class Loss:
 
     def cost(self, shard: Shard, numerics: Numerics) -> OpCost:
         """See `Op.cost`."""
-        logits = shard.tokens * self.token_fraction * self.vocab_size / shard.tp
+        rows = shard.tokens * self.token_fraction
+        logits = rows * self.vocab_size / shard.tp
         b = numerics.compute_bytes
         kept, transient, moved = {
             "unfused": (b + 4.0 + 4.0, 4.0 + b, 3 * b + 24.0),
             "fused": (b, 0.0, 3 * b),
-            "chunked": (b / LOSS_CHUNKS, 0.0, 3 * b),
+            "chunked": (b / loss_chunks(rows), 0.0, 3 * b),
         }[numerics.loss_kernel]
         return OpCost(
             self,
@@ -320,7 +332,7 @@ class Loss:
     def _exchange(self, shard: Shard, numerics: Numerics) -> Transfer:
         num_bytes = 3 * 4.0 * shard.tokens * self.token_fraction * (np.asarray(shard.tp) > 1)
         if numerics.loss_kernel == "chunked":
-            return Transfer("all_gather", "tp", "forward", shard.tp * num_bytes, LOSS_CHUNKS)
+            return Transfer("all_gather", "tp", "forward", shard.tp * num_bytes, loss_chunks(shard.tokens * self.token_fraction))
         return Transfer("all_reduce", "tp", "forward", num_bytes, 3)
 
 

@@ -210,7 +210,7 @@ class GroupTransfer:
     group: Group
     axis: str
     """Field of `AxisGroups`."""
-    num_calls: int = 1
+    num_calls: Array = 1
 
     def seconds(self, cluster: Cluster) -> Array:
         """In full, without overlap."""

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from planner.errors import InputError, Problem
 from planner.model_spec import ModelSpec
+from planner.ops import loss_chunks
 from reftrain.attention import Attention, LatentAttention, Positions
 from reftrain.axes import SINGLE, Axes, local
 from reftrain.config import Kernels, ModelDetails
@@ -27,8 +28,6 @@ from reftrain.moe import Mixture
 from reftrain.recompute import recompute
 
 __all__ = ["Block", "Transformer", "check_supported", "initialize", "parameter_count"]
-
-CHUNKS = {"chunked": 8, "fused": 1}
 
 
 def check_supported(spec: ModelSpec) -> None:
@@ -154,7 +153,8 @@ class Head(nn.Module):
         weight, bias = self._projection(x.dtype, tied)
         if self.loss_kernel == "unfused" and self.axes.tp_mesh is None:
             return functional.cross_entropy(functional.linear(x, weight, bias).float(), targets.flatten())
-        return linear_cross_entropy(x, weight, bias, targets.flatten(), num_chunks=CHUNKS.get(self.loss_kernel, 1), group=self.axes.tp_group)
+        num_chunks = int(loss_chunks(len(x))) if self.loss_kernel == "chunked" else 1
+        return linear_cross_entropy(x, weight, bias, targets.flatten(), num_chunks=num_chunks, group=self.axes.tp_group)
 
 
 class Transformer(nn.Module):

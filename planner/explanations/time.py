@@ -191,7 +191,7 @@ def _collective(trace: Trace, key: str, name: str, transfers: Sequence[GroupTran
     link = cluster.scale_up if domains <= 1 or cluster.scale_out is None else cluster.scale_out
     num_bytes = float(found.num_bytes) / found.num_calls
     inputs = [
-        Input("num_calls", found.num_calls, "equal messages, one after the other"),
+        Input("num_calls", float(found.num_calls), "equal messages, one after the other"),
         Input("num_bytes", num_bytes, f"{found.collective}: the full buffer of one per device"),
     ]
     curve = link.curves.get(f"{found.collective}/{size:g}") if domains <= 1 else None

@@ -147,7 +147,7 @@ def test_links_measured_by_size_of_message_are_explained(tmp_path: Path, monkeyp
     test_every_number_is_explained(trace)
     test_every_child_is_explained(trace)
     loss = explain_in(trace, "time.breakdown_s.tensor_parallel.head.loss.forward.all_gather")
-    assert loss.value == pytest.approx(8 * curves_at(2 * 12.0 * 1024 / 8) / 0.8)
+    assert loss.value == pytest.approx(4 * curves_at(2 * 12.0 * 256) / 0.8)
 
 
 def curves_at(num_bytes: float) -> float:
