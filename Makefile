@@ -1,4 +1,5 @@
 # make run    install the core and estimate a real model (about a minute the first time, then seconds)
+# make demo   install the trainer, then plan, run, compare, calibrate and plan again on this machine; some three minutes
 # make test   install the rest and pass all tests
 # make check  lint only, seconds
 # Windows: `py -m venv .venv`, then the pip and python lines below with .venv\Scripts in place of .venv/bin.
@@ -13,10 +14,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check $(PIP_FLAGS)
 
 .DEFAULT_GOAL := run
-.PHONY: run test check lint types unit readme clean
+.PHONY: run demo test check lint types unit readme clean
 
 run: $(VENV)/.core
 	@$(BIN)/python -m planner estimate examples/llama3_70b.yaml
+
+demo: $(VENV)/.trainer
+	@rm -rf build/demo
+	@$(BIN)/python -m reftrain demo --out build/demo
 
 test: $(VENV)/.dev lint types unit
 
@@ -52,6 +57,10 @@ $(VENV)/.core: $(VENV)/.venv pyproject.toml
 # torch first and alone, so that no other requirement widens its range.
 $(VENV)/.torch: $(VENV)/.venv
 	@$(if $(strip $(TORCH)),$(PIP) $(TORCH))
+	@touch $@
+
+$(VENV)/.trainer: $(VENV)/.core $(VENV)/.torch pyproject.toml
+	@$(PIP) --editable '.[reftrain]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core $(VENV)/.torch pyproject.toml

@@ -105,7 +105,7 @@ def _plots(comparison: Comparison) -> str:
     _plot_steps(steps, comparison)
     _plot_phases(phases, comparison)
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
+    figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = out.getvalue()
     return text[text.index("<svg") :]
 

@@ -181,6 +181,7 @@ def test_the_page_is_one_file_with_tables_and_plots(finished, compare, tmp_path)
     assert page.tags.count("table") == 2
     plots = re.findall(r"<svg.*?</svg>", source, re.DOTALL)
     assert len(plots) == 1
+    assert set(re.findall(r"https?://[^\"<\s]+", source)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, "names, not places"
     tree = ElementTree.fromstring(plots[0])
     assert len([e for e in tree.iter() if re.fullmatch(r"axes_\d+", e.get("id", ""))]) == 3
     # Every number of the terminal's table stands in the page's.

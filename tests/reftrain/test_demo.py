@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from planner.files import HOME_VARIABLE
 from reftrain import demo as module
 from reftrain.compare import compare_run
 from reftrain.demo import JUDGE, SIZES, demo
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path):
@@ -42,7 +45,7 @@ def test_the_whole_loop(tmp_path):
     assert found["error_fraction_before"] == judged.error_fraction
     again = subprocess.run(
         [sys.executable, "-m", "planner", "estimate", f"plans/{JUDGE}.request.yaml", "--stack", "calibrated.yaml", "--json"],
-        env={**env, HOME_VARIABLE: str(out / "machine")}, cwd=out, capture_output=True, text=True, check=True,
+        env={**env, HOME_VARIABLE: str(out / "machine"), "PYTHONPATH": str(ROOT)}, cwd=out, capture_output=True, text=True, check=True,
     )  # fmt: skip
     predicted_s = json.loads(again.stdout)["time"]["step_s"]["value"]
     assert found["error_fraction_after"] == pytest.approx(predicted_s / judged.measured - 1)
