@@ -108,8 +108,13 @@ def _simulate(config: RunConfig, stage: int, count: int, rounding_bytes: int, nu
         ledger.hold(_named_weights(engine), "weights")
         microbatches, others = _batch(config, ranks, count), _batch(config, ranks, config.num_microbatches - count)
         ledger.hold((("", tensor) for pair in (*microbatches, *others) for tensor in pair), "inputs")
-        kept = torch.empty(len(others) * kept_bytes_per_microbatch(config, engine.models), dtype=torch.uint8)
-        ledger.hold([("", kept)], "communication_buffers")
+        ledger.hold(_tables(engine), "inputs")
+        kept = {
+            category: torch.empty(len(others) * num_bytes, dtype=torch.uint8)
+            for category, num_bytes in kept_bytes_per_microbatch(config, engine.models).items()
+        }
+        for category, tensor in kept.items():
+            ledger.hold([("", tensor)], category)
         engine._start_optimizers()
         ledger.hold(_named_states(engine, places), "optimizer")
         # DDP makes its buckets anew after the first step.
@@ -146,6 +151,11 @@ def _named_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     for model in engine.models:
         yield from ((name.rpartition(".")[0], parameter) for name, parameter in model.named_parameters())
         yield from ((name.rpartition(".")[0], buffer) for name, buffer in model.named_buffers())
+
+
+def _tables(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    for model in engine.models:
+        yield from (("positions", value) for value in vars(model.positions).values() if isinstance(value, Tensor))
 
 
 def _batch(config: RunConfig, ranks: Ranks, count: int) -> Pairs:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import ProcessGroup
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.utils.checkpoint import _recomputation_hook
 from torch.utils.flop_counter import flop_registry, shape_wrapper
@@ -77,6 +78,9 @@ class Step:
     phases: list[tuple[int, str]] = field(default_factory=list)
     """(ops so far, phase that begins)."""
     flops: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Of forward and backward passes, by op."""
+    flops_once: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """Of the optimizer."""
     traffic: dict[tuple[str, str], Traffic] = field(default_factory=lambda: defaultdict(Traffic))
     traffic_at_forwards: list[dict[tuple[str, str], Traffic]] = field(default_factory=list)
     """What had been moved when each forward pass of a model part began."""
@@ -201,9 +205,12 @@ class Ledger(LiveMemory):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """One op: values that fake tensors lack are made up, then storages, FLOPs and bytes on the wire are written down."""
         kwargs = kwargs or {}
-        if func is aten._local_scalar_dense.default:
+        is_fake = bool(args) and isinstance(args[0], FakeTensor)
+        if is_fake and func is aten._local_scalar_dense.default:
             return 1.0 if args[0].dtype.is_floating_point else 1
-        if func is aten.bincount.default:
+        if is_fake and func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # as the real one; the one for fake tensors makes a copy
+        if is_fake and func is aten.bincount.default:
             func, args, kwargs = aten.new_zeros.default, (args[0], [kwargs.get("minlength", 0) or args[2]]), {}
         self.num_ops += 1
         if self.phase in ("forward", "backward"):
@@ -220,7 +227,8 @@ class Ledger(LiveMemory):  # type: ignore[no-untyped-call]
 
     def _look(self, func: Any, packet: Any, args: Any, kwargs: Any, out: Any) -> None:
         if packet in FLOPS:
-            self.step.flops[self._op] += FLOPS[packet](*args, **kwargs, out_val=out)
+            is_repeated = self.phase in ("forward", "backward")
+            (self.step.flops if is_repeated else self.step.flops_once)[self._op] += FLOPS[packet](*args, **kwargs, out_val=out)
         elif func is aten._to_copy.default:
             source = self.records.get(held(args[0]).untyped_storage()._cdata)
             if source is not None and source.category in ("weights", "gathered_weights") and isinstance(out, Tensor):

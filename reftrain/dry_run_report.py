@@ -86,10 +86,16 @@ def read_step(step: Step, stage: int, rank: int, wall_s: float, left_out: LeftOu
         highest_bytes=dict(zip(names, map(int, bytes_by_category.max(axis=0)), strict=True)),
         phase_peak_bytes=_phase_peaks(step, ops, totals), between_steps_bytes=int(totals[0]),
         modules_bytes={module: dict(sizes) for module, sizes in ordered}, largest=_largest(alive),
-        flops={op: count + count * left_out.num_left_out // left_out.num_simulated for op, count in step.flops.items()},
+        flops=_flops(step, left_out),
         traffic=_traffic(step, left_out),
         timeline=_timeline(step, ops, bytes_by_category, names), num_ops=int(ops[-1]), wall_s=wall_s,
     )  # fmt: skip
+
+
+def _flops(step: Step, left_out: LeftOut) -> dict[str, int]:
+    """Of all microbatches, and once of the optimizer."""
+    every = {op: count * (left_out.num_simulated + left_out.num_left_out) // left_out.num_simulated for op, count in step.flops.items()}
+    return {op: every.get(op, 0) + step.flops_once.get(op, 0) for op in {**every, **step.flops_once}}
 
 
 def _traffic(step: Step, left_out: LeftOut) -> list[dict[str, Any]]:

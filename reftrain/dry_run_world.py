@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # gives collectives on fake tensors a result
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining import schedules
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -47,15 +49,33 @@ def simulated_rank(layout: Layout, rank: int) -> Iterator[Ranks]:
 
 @contextmanager
 def _made_to_fit() -> Iterator[None]:
-    """DDP does not compare parameters, which have no values, between ranks."""
-    original = {name: getattr(ddp, name) for name in ("_verify_param_shape_across_processes", "_sync_module_states")}
-    for name in original:
-        setattr(ddp, name, lambda *args, **kwargs: None)
+    """DDP does not compare parameters, which have no values, between ranks; messages hold what they send, as real ones do."""
+    send = schedules._batch_p2p
+    patches: list[tuple[Any, str, Any]] = [
+        (ddp, "_verify_param_shape_across_processes", lambda *args: None),
+        (ddp, "_sync_module_states", lambda **kwargs: None),
+        (schedules, "_batch_p2p", lambda ops, desc=None: [Message(work, [op.tensor for op in ops]) for work in send(ops, desc)]),
+    ]
+    original = [getattr(module, name) for module, name, _ in patches]
+    for module, name, function in patches:
+        setattr(module, name, function)
     try:
         yield
     finally:
-        for name, function in original.items():
-            setattr(ddp, name, function)
+        for (module, name, _), function in zip(patches, original, strict=True):
+            setattr(module, name, function)
+
+
+@dataclass
+class Message:
+    """A fake message under way."""
+
+    work: Any
+    tensors: list[Tensor]
+
+    def wait(self) -> Any:
+        """Waits for it."""
+        return self.work.wait()
 
 
 class FakeTensors(FakeTensorMode):

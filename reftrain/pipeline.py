@@ -72,16 +72,16 @@ def _examples(config: RunConfig, model: Transformer) -> tuple[Tensor, Tensor]:
     return hidden if model.embeddings is None else tokens, hidden if model.head is None else loss
 
 
-def kept_bytes_per_microbatch(config: RunConfig, models: list[Transformer]) -> int:
-    """Bytes that torch's schedules hold for every microbatch of a step, beyond activations; 0 without a pipeline.
+def kept_bytes_per_microbatch(config: RunConfig, models: list[Transformer]) -> dict[str, int]:
+    """Bytes that torch's schedules hold for every microbatch of a step until its end, by what they are; zeros without a pipeline.
 
-    Buffers to receive activations and gradients in, from the first step on; zero-bubble keeps each gradient that it sent, too.
+    Buffers to receive activations and gradients in, from the first step on. Schedules of many chunks wait for what they sent at
+    the step's end only.
     """
-    total, times = 0, 2 if config.layout.schedule == "zb_h1" else 1
+    received_bytes = sent_bytes = 0
     for model in models if config.layout.pp > 1 else ():
         received, sent = _examples(config, model)
-        if model.embeddings is None:
-            total += times * received.numel() * received.element_size()
-        if model.head is None:
-            total += sent.numel() * sent.element_size()
-    return total
+        received_bytes += received.numel() * received.element_size() * (model.embeddings is None)
+        sent_bytes += sent.numel() * sent.element_size() * (model.head is None)
+    is_many = config.layout.schedule in MANY_CHUNKS
+    return {"activations": sent_bytes * is_many, "communication_buffers": received_bytes * (1 + is_many) + sent_bytes}

