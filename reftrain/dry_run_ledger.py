@@ -19,12 +19,11 @@ from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.utils.checkpoint import _recomputation_hook
-from torch.utils.flop_counter import flop_registry, shape_wrapper
 from torch.utils.hooks import RemovableHandle
 
 from reftrain.dry_run_places import Places
+from reftrain.flop_count import FLOPS
 from reftrain.live_memory import LiveMemory, held
-from reftrain.measure import CPU_FLASH
 
 __all__ = ["CATEGORIES", "Ledger", "Record", "Traffic"]
 
@@ -37,7 +36,6 @@ CATEGORIES = (
 """Weakest first. Reported as `communication_buffers` too: `exchanged`, what tensor, context, expert and pipeline parallelism send or
 receive and nobody keeps."""
 STRENGTH = {name: rank for rank, name in enumerate(CATEGORIES)}
-FLOPS = {**flop_registry, **{op: shape_wrapper(count) for op, count in CPU_FLASH.items()}}  # type: ignore[no-untyped-call]
 IN_BACKWARD = torch._C._current_graph_task_id
 
 

@@ -118,7 +118,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += grad.t() @ part
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+        # Saved, not merely held: a pipeline keeps every microbatch's graph to the step's end, and autograd empties it after use.
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.is_scaled = False
         ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype if bias is not None else None)
         return total / num_targets
@@ -126,11 +127,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # A zero-bubble pipeline comes here twice, for the input's gradient and for the weight's: scaled once, both find it done.
-        held = [grad for grad in ctx.grads if grad is not None]
+        saved = ctx.saved_tensors
         if not ctx.is_scaled:
-            torch._foreach_mul_(held, grads[0])
+            torch._foreach_mul_([grad.data for grad in saved if grad is not None], grads[0])
             ctx.is_scaled = True
-        cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True))
+        cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(saved, ctx.dtypes, strict=True))
         return (*cast, None, None, None, None)
 
 

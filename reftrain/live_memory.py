@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -41,7 +41,7 @@ class LiveMemory(TorchDispatchMode):
             self.see(tensor)
         self.start_bytes = self.live_bytes
 
-    def __enter__(self) -> LiveMemory:
+    def __enter__(self) -> Self:
         """FSDP resizes storages beneath the dispatcher; its two functions for that tell us."""
         self._original = (_fsdp_param.alloc_storage, _fsdp_param.free_storage)
 

@@ -10,21 +10,22 @@ import json
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from planner.errors import InputError
 from planner.files import read_text, write_text
 from planner.hardware import load_catalog
 from planner.precision import get_precision
 from reftrain.config import RunConfig
+from reftrain.flop_count import FLOPS
 from reftrain.live_memory import LiveMemory
 
 __all__ = ["Instruments", "MetricsLog", "Summary", "Utilization", "find_utilization", "read_metrics", "summarize"]
@@ -35,22 +36,22 @@ WARMUP_STEPS = 3
 """First steps of a process that no median counts: allocators, caches and lazy initialization settle."""
 PHASES = ("data", "forward", "backward", "forward_backward", "optimizer")
 """They follow each other; communication happens inside them."""
-aten = torch.ops.aten
 
 
-def _forward_attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)  # type: ignore[no-any-return, no-untyped-call]
+class _Watch(LiveMemory):  # type: ignore[no-untyped-call]
+    """Counts FLOPs beside live bytes. torch's FlopCounterMode may not run with it: it keeps tensors alive that a step frees."""
 
+    def __init__(self, existing: Sequence[Tensor]) -> None:
+        super().__init__(existing)
+        self.flops: Counter[str] = Counter()
 
-def _backward_attention(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)  # type: ignore[no-any-return, no-untyped-call]
-
-
-CPU_FLASH = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _forward_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_attention,
-}
-"""The CPU's attention kernel, which torch's counter does not know everywhere. Full attention, not causal, as for the others."""
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `LiveMemory`."""
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        packet = func._overloadpacket
+        if packet in FLOPS:
+            self.flops[packet.__name__] += FLOPS[packet](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 class Instruments:
@@ -64,17 +65,13 @@ class Instruments:
     @contextmanager
     def watch(self, tensors: Sequence[Tensor], device: torch.device) -> Iterator[None]:
         """Counts FLOPs and live bytes of its body; `tensors` are those alive before."""
-        counter = FlopCounterMode(display=False, custom_mapping=CPU_FLASH)
-        memory = LiveMemory(tensors)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        with ExitStack() as stack:
-            stack.enter_context(counter)
-            stack.enter_context(memory)
+        with _Watch(tensors) as watch:
             yield
-        self.flops = {str(op): int(count) for op, count in counter.get_flop_counts().get("Global", {}).items()}
-        self.state_bytes = memory.start_bytes
-        self.peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak_bytes
+        self.flops = dict(watch.flops)
+        self.state_bytes = watch.start_bytes
+        self.peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else watch.peak_bytes
 
     @property
     def attention_flops(self) -> int:

@@ -29,8 +29,8 @@ from reftrain.batches import open_batches
 from reftrain.cli import app
 from reftrain.config import RunConfig
 from reftrain.dry_run import DryRun, dry_run
+from reftrain.flop_count import CPU_FLASH
 from reftrain.live_memory import LiveMemory
-from reftrain.measure import CPU_FLASH
 from reftrain.parallel import Ranks, make_ranks
 from reftrain.steps import Engine, StepTimes
 from tests.reftrain.parity_worker import MODELS, ROOT, Case
