@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field
 
@@ -15,6 +15,9 @@ __all__ = ["Prediction", "RunSummary", "TimePrediction", "read_plan", "read_pred
 
 OUTSIDE = "lies outside"
 """In the words of a plan's assumptions about the loss, where its law meets a size that it was not fitted on."""
+Positive = Annotated[float, Field(gt=0)]
+Number = Annotated[float, Field()]
+"""Fields have the names of the files' keys, which scripts depend on; units stand beside them."""
 S = TypeVar("S", bound=Spec)
 
 
@@ -27,14 +30,15 @@ class _Part(Spec):
 class StepSpread(_Part):
     """Seconds of the timed steps."""
 
-    median: float = Field(gt=0)
+    median: Positive
 
 
 class HeldOut(_Part):
     """The last evaluation on held-out text."""
 
-    loss: float
-    bits_per_byte: float | None = None
+    loss: Number
+    """Nats per token."""
+    bits_per_byte: Number | None = None
 
 
 class RunSummary(_Part):
@@ -44,32 +48,32 @@ class RunSummary(_Part):
     tokens_per_step: PositiveInt
     is_complete: bool
     step_s: StepSpread | None = None
-    tokens_per_s: float | None = None
-    peak_bytes: float | None = Field(default=None, gt=0)
-    flops_per_step: float | None = None
+    tokens_per_s: Number | None = None
+    peak_bytes: Positive | None = None
+    flops_per_step: Number | None = None
     breakdown_s: dict[str, float] = Field(default_factory=dict)
-    recent_loss: float | None = None
+    recent_loss: Number | None = None
     eval: HeldOut | None = None
 
 
 class Bounds(_Part):
     """A predicted value and its 80% interval."""
 
-    value: float = Field(gt=0)
-    low: float = Field(gt=0)
-    high: float = Field(gt=0)
+    value: Positive
+    low: Positive
+    high: Positive
 
 
 class StepParts(_Part):
     """Predicted seconds of one step, as far as a run measures them apart."""
 
-    optimizer: float
-    tensor_parallel: float
-    context_parallel: float
-    expert_parallel: float
-    fsdp: float
-    data_parallel: float
-    pipeline_transfer_and_bubble: float
+    optimizer: Number
+    tensor_parallel: Number
+    context_parallel: Number
+    expert_parallel: Number
+    fsdp: Number
+    data_parallel: Number
+    pipeline_transfer_and_bubble: Number
 
 
 class TimePrediction(_Part):
@@ -91,7 +95,7 @@ class MemoryPrediction(_Part):
 class FlopsPrediction(_Part):
     """`prediction.flops`."""
 
-    counted_per_token: float = Field(gt=0)
+    counted_per_token: Positive
 
 
 class LossPrediction(_Part):
