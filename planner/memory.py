@@ -15,8 +15,8 @@ from planner.schedules import SCHEDULES
 from planner.stack import StackSpec
 
 __all__ = [
-    "MemoryBreakdown", "StateFormat", "estimate_memory", "gathered_bytes_per_param", "gathered_params", "kept_bytes", "part_states",
-    "replaced_gradients", "state_format", "trained_params", "transient_bytes", "zero_degrees",
+    "INSTANTS", "GatheredRates", "MemoryBreakdown", "StateFormat", "cast_bytes", "estimate_memory", "gathered_params", "gathered_rates", "kept_bytes",
+    "makes_gradients_late", "part_states", "state_format", "trained_params", "transient_bytes", "workspace_bytes", "zero_degrees",
 ]  # fmt: skip
 
 Array = Any
@@ -35,19 +35,24 @@ class MemoryBreakdown:
     activations: Array
     """Kept from forward to backward, all microbatches in flight, without the logits."""
     logits: Array
+    """What the loss keeps: logits, or the gradients that it made with them."""
+    cast_weights: Array
+    """Copies in compute format that the backward pass needs again, of each microbatch in flight."""
     recompute_workspace: Array
     """Activations of the one block that is being recomputed."""
     gathered_weights: Array
-    """Full weights and gradients of the blocks that FSDP has in hand."""
+    """Full weights and gradients of the blocks that FSDP has in hand; all of the stage's weights with ZeRO-1 and 2 of in-place stacks."""
     temporaries: Array
     """Activation gradients and workspaces of the op that needs most."""
     communication_buffers: Array
     context: Array
     allocator_slack: Array
+    instant: Array
+    """Index into `INSTANTS`: when the stage holds most."""
 
     PARTS = (
-        "weights", "gradients", "optimizer", "activations", "logits", "recompute_workspace", "gathered_weights", "temporaries",
-        "communication_buffers", "context", "allocator_slack",
+        "weights", "gradients", "optimizer", "activations", "logits", "cast_weights", "recompute_workspace", "gathered_weights",
+        "temporaries", "communication_buffers", "context", "allocator_slack",
     )  # fmt: skip
 
     @property
@@ -66,36 +71,67 @@ class MemoryBreakdown:
         return np.argmax(self.total_bytes, axis=-1)
 
 
+INSTANTS = ("loss", "blocks", "update")
+"""When a stage may hold most: at the loss and its gradient, in the backward pass of the first block that comes to it, and after the
+last one, where gradients that were not there before have taken the place of activations."""
+
+
 def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> MemoryBreakdown:
     """Peak memory of every stage.
 
-    Formula: states (weights, gradients, optimizer, each divided by its ZeRO group) + what the forward pass keeps, times
-    microbatches in flight + the largest transient of the backward pass + runtime + allocator slack.
+    Formula: the largest of what is alive at each of `INSTANTS`, + runtime + allocator slack. Always: states (weights, gradients,
+    optimizer, each divided by its ZeRO group). Until the backward pass frees it: what the forward pass keeps, times microbatches in
+    flight. At the loss: what the head works with; in the blocks: what one block works with, gathers and recomputes.
     Left out: fragmentation beyond the slack fraction, load imbalance of experts, pinned host memory.
     Source: arXiv:1910.02054 (ZeRO), 2205.05198 (activations), 2104.04473 (in flight).
     """
     layout, schedule = graph.layout, SCHEDULES[graph.layout.schedule]
-    states = [schedule.resident(state) for state in _states(graph, stack)]
+    weights, gradients, optimizer = (schedule.resident(state) for state in _states(graph, stack))
     in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
-    blocks, logits = (schedule.resident(kept) / schedule.parameter_copies for kept in _kept(graph, stack))
-    shape = np.broadcast_shapes(np.shape(states[0]), np.shape(blocks), np.shape(in_flight))
+    activations, logits, casts, head_casts = (schedule.resident(kept) / schedule.parameter_copies for kept in _kept(graph, stack))
+    others = np.maximum(in_flight - 1, 0)
+    is_single = makes_gradients_late(graph, stack)
+    head = _stage_axis(sum(part_states(graph, stack, graph.parts[-1], is_expert)[1] for is_expert in (False, True))) * _has_head(graph)
+    at_loss, in_blocks = _gathered(graph, stack)
+    instants = [
+        {
+            "gradients": gradients * ~is_single, "activations": activations * in_flight, "logits": logits * in_flight,
+            "cast_weights": (casts + head_casts) * in_flight, "gathered_weights": at_loss,
+            "temporaries": _temporaries(graph, is_head=True),
+        },
+        {
+            "gradients": np.where(is_single, head, gradients), "activations": activations * in_flight, "logits": logits * others,
+            "cast_weights": casts * in_flight + head_casts * others, "recompute_workspace": _recompute_workspace(graph, stack),
+            "gathered_weights": in_blocks, "temporaries": _temporaries(graph, is_head=False),
+        },
+        {"gradients": gradients},
+    ]  # fmt: skip
+    totals = [sum(parts.values()) for parts in instants]
+    shape = np.broadcast_shapes(np.shape(weights), *(np.shape(total) for total in totals))
+    totals = [np.broadcast_to(total, shape) for total in totals]
+    totals[0] = np.where(_has_head(graph), totals[0], 0.0)
+    instant = np.argmax(np.stack(totals), axis=0)
+    names = ("gradients", "activations", "logits", "cast_weights", "recompute_workspace", "gathered_weights", "temporaries")
+    found = {name: np.choose(instant, [np.broadcast_to(parts.get(name, 0.0), shape) for parts in instants]) for name in names}
+    buffers = _buffers(graph, stack)
+    lasting = {"weights": weights, "optimizer": optimizer, "communication_buffers": buffers}
+    parts = {**found, **{name: np.broadcast_to(value, shape) for name, value in lasting.items()}}
+    slack = sum(parts.values()) * stack.allocator_slack_fraction
+    return MemoryBreakdown(**parts, context=np.full(shape, stack.context), allocator_slack=slack, instant=instant)
+
+
+def _buffers(graph: StepGraph, stack: StackSpec) -> Array:
+    """The library's own; and where the stack's pipelines keep what they sent until the step ends, that of every microbatch."""
+    layout = graph.layout
     num_ranks = np.asarray(layout.dp * layout.tp * layout.cp * layout.pp)
-    buffers = _stage_axis(np.where(num_ranks > 1, stack.collective_buffers, 0.0))
-    parts = {
-        "weights": states[0],
-        "gradients": states[1] - replaced_gradients(graph, stack, states[1], (blocks + logits) * in_flight),
-        "optimizer": states[2],
-        "activations": blocks * in_flight,
-        "logits": logits * in_flight,
-        "recompute_workspace": _recompute_workspace(graph),
-        "gathered_weights": _gathered(graph, stack),
-        "temporaries": _temporaries(graph),
-        "communication_buffers": buffers,
-    }  # fmt: skip
-    parts = {name: np.broadcast_to(value, shape) for name, value in parts.items()}
-    allocated = sum(parts.values())
-    slack = allocated * stack.allocator_slack_fraction
-    return MemoryBreakdown(**parts, context=np.full(shape, stack.context), allocator_slack=slack)
+    sent = graph.num_microbatches * graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes
+    is_kept = stack.pipeline_keeps_outputs and layout.pp > 1
+    return _stage_axis(np.where(num_ranks > 1, stack.collective_buffers, 0.0) + (sent if is_kept else 0.0))
+
+
+def _has_head(graph: StepGraph) -> Array:
+    """Which stages hold the head, [pp]."""
+    return graph.parts[-1].counts > 0
 
 
 def _stage_axis(value: Array) -> Array:
@@ -118,8 +154,6 @@ class StateFormat:
 
     stored: float
     """The weight itself."""
-    cast_copy: Array
-    """A copy of it in compute format that is not sharded."""
     quantized_copy: Array
     """Low-precision copies of a matrix."""
     gradient: float
@@ -134,30 +168,33 @@ def state_format(graph: StepGraph, stack: StackSpec) -> StateFormat:
     in_place = stack.weight_storage == "fp32_in_place"
     return StateFormat(
         stored=4.0 if in_place or not is_mixed else precision.compute_bytes,
-        # Without ZeRO-3 an in-place stack keeps a cast copy of all weights through the step.
-        cast_copy=np.where(zero < 3, precision.compute_bytes, 0.0) if in_place and is_mixed else 0.0,
         quantized_copy=precision.quantized_weight_bytes * np.where(zero >= 3, 0.0, 1.0),
         gradient=4.0 if not is_mixed or in_place else stack.gradient_bytes,
         master=4.0 if is_mixed and not in_place else 0.0,
     )
 
 
-def zero_degrees(graph: StepGraph, is_expert: bool) -> tuple[Array, Array, Array]:
-    """Ranks over which ZeRO divides (weights, gradients, optimizer states)."""
+def zero_degrees(graph: StepGraph, stack: StackSpec, is_expert: bool) -> tuple[Array, Array, Array]:
+    """Ranks over which ZeRO divides (weights, gradients, optimizer states).
+
+    An in-place stack has one fp32 weight, which is sharded with its optimizer states: ZeRO-1 and 2 gather it in compute format for the
+    length of a step (arXiv:2304.11277 section 3.3, SHARD_GRAD_OP).
+    """
     zero, degree = np.asarray(graph.layout.zero_stage), graph.expert_fsdp_degree if is_expert else graph.fsdp_degree
-    by_weights, by_gradients, by_states = (np.where(zero >= stage, degree, 1) for stage in (3, 2, 1))
+    first = 1 if stack.weight_storage == "fp32_in_place" else 3
+    by_weights, by_gradients, by_states = (np.where(zero >= stage, degree, 1) for stage in (first, 2, 1))
     return by_weights, by_gradients, by_states
 
 
 def part_states(graph: StepGraph, stack: StackSpec, part: Part, is_expert: bool) -> tuple[Array, Array, Array]:
     """(weights, gradients, optimizer states) of one run of a part's expert ops, or of its others, on one device."""
     precision, kept, optimizer = graph.precision, state_format(graph, stack), get_optimizer(graph.workload.optimizer)
-    by_weights, by_gradients, by_states = zero_degrees(graph, is_expert)
+    by_weights, by_gradients, by_states = zero_degrees(graph, stack, is_expert)
     matrix, other = trained_params(part, is_expert, graph.layout.pp > 1)
     frozen = part.param_total("frozen_params", is_expert=is_expert)
     factored = part.param_total("factored_elements", is_expert=is_expert)
     trained = matrix + other
-    weight_bytes = (trained * kept.stored + frozen * precision.compute_bytes) / by_weights + trained * kept.cast_copy
+    weight_bytes = (trained * kept.stored + frozen * precision.compute_bytes) / by_weights
     weight_bytes = weight_bytes + matrix * kept.quantized_copy
     state_bytes = trained * kept.master + other * optimizer.other_state_bytes
     state_bytes = state_bytes + (4.0 * factored if optimizer.is_factored else matrix * optimizer.matrix_state_bytes)
@@ -187,52 +224,91 @@ def kept_bytes(part: Part, graph: StepGraph, stack: StackSpec) -> tuple[Array, A
     return total, logits
 
 
-def replaced_gradients(graph: StepGraph, stack: StackSpec, gradients: Array, activations: Array) -> Array:
-    """Bytes of gradients that are not there yet when the activations are all there, [..., pp].
+def cast_bytes(cost: OpCost, graph: StepGraph, stack: StackSpec) -> Array:
+    """Bytes of a matmul's weight in compute format, made anew in each microbatch by in-place stacks; FSDP gathers it so instead."""
+    precision = graph.precision
+    if stack.weight_storage != "fp32_in_place" or not precision.needs_master_weights or cost.gemm is None:
+        return 0.0
+    weight = cost.matrix_params + cost.embedding_params + cost.tied_params
+    degree = graph.expert_fsdp_degree if cost.op.is_expert else graph.fsdp_degree
+    is_sharded = (np.asarray(graph.layout.zero_stage) > 0) & (np.asarray(degree) > 1)
+    return weight * precision.compute_bytes * ~is_sharded
 
-    Formula: with one microbatch a step, a stack that frees gradients after each step makes them while the backward pass frees activations
-    (and cast weights); the head's come first. The peak is max(activations + head gradients, all gradients), so min(activations,
-    other gradients) of the sum of both is never alive. Plain data parallelism keeps its buckets, and pipelines have more microbatches.
+
+def makes_gradients_late(graph: StepGraph, stack: StackSpec) -> Array:
+    """Whether the backward pass finds no gradients, [..., 1]: a stack that frees them after each step, with one microbatch a step.
+
+    Plain data parallelism keeps its buckets, and pipelines have more microbatches.
     """
-    if not stack.frees_gradients or graph.layout.pp > 1:
-        return 0.0
-    layout, kept = graph.layout, state_format(graph, stack)
-    head = sum(part_states(graph, stack, graph.parts[-1], is_expert)[1] for is_expert in (False, True))
-    trained = [sum(sum(trained_params(part, is_expert, False)) for is_expert in (False, True)) for part in graph.parts]
-    casts = over_stages([num_params * kept.cast_copy for num_params in trained], part_runs(graph))
-    alive = np.minimum(gradients - _stage_axis(head), activations + casts)
+    layout = graph.layout
+    if not stack.frees_gradients or layout.pp > 1:
+        return np.zeros((1,), bool)
     has_buckets = (np.asarray(layout.dp) > 1) & (np.asarray(layout.zero_stage) == 0)
-    return alive * _stage_axis((np.asarray(graph.num_microbatches) == 1) & ~has_buckets)
+    return np.asarray((np.asarray(graph.num_microbatches) == 1) & ~has_buckets)[..., None]
 
 
-def _kept(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array]:
+def _kept(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array, Array, Array]:
+    """Per microbatch and stage: activations, logits, casts of blocks' weights, casts of the head's."""
     kept = [kept_bytes(part, graph, stack) for part in graph.parts]
+    casts = [sum(cast_bytes(cost, graph, stack) for cost in part.costs) for part in graph.parts]
+    is_kept = graph.workload.recompute == "none"
+    of_blocks = [value if part.is_block and is_kept else 0.0 for part, value in zip(graph.parts, casts, strict=True)]
+    of_head = [value if not part.is_block else 0.0 for part, value in zip(graph.parts, casts, strict=True)]
     runs = part_runs(graph)
-    return over_stages([activations for activations, _ in kept], runs), over_stages([logits for _, logits in kept], runs)
+    activations, logits = ([values[i] for values in kept] for i in (0, 1))
+    return over_stages(activations, runs), over_stages(logits, runs), over_stages(of_blocks, runs), over_stages(of_head, runs)
 
 
-def _recompute_workspace(graph: StepGraph) -> Array:
-    """Everything the largest block keeps, once, while it is recomputed."""
-    if graph.workload.recompute != "full":
+def workspace_bytes(part: Part, graph: StepGraph, stack: StackSpec) -> Array:
+    """What a block holds while it is recomputed, beyond what it kept: everything that full recompute dropped, and its weights' casts."""
+    if not part.is_block or graph.workload.recompute == "none":
         return 0.0
-    return _largest(graph, lambda part: part.total("saved_bytes") if part.is_block else 0.0)
+    casts = sum(cast_bytes(cost, graph, stack) for cost in part.costs)
+    return casts + (part.total("saved_bytes") if graph.workload.recompute == "full" else 0.0)
 
 
-def _largest(graph: StepGraph, quantity: Any) -> Array:
-    """Largest value of `quantity(part)` over the parts present on each stage, [..., pp]."""
-    present = part_runs(graph) > 0
+def _recompute_workspace(graph: StepGraph, stack: StackSpec) -> Array:
+    """Of the largest block."""
+    return _largest(graph, lambda part: workspace_bytes(part, graph, stack))
+
+
+def _largest(graph: StepGraph, quantity: Any, *, is_head: bool = False) -> Array:
+    """Largest value of `quantity(part)` over the parts present on each stage, [..., pp]; of the head alone, or without it."""
+    parts = graph.parts[-1:] if is_head else graph.parts[:-1]
+    present = np.stack([part.counts for part in parts]) > 0
     kinds, stages = np.unique(present, axis=1, return_inverse=True)
-    values = np.stack(np.broadcast_arrays(*(np.asarray(quantity(part), float) for part in graph.parts)), axis=-1)
+    values = np.stack(np.broadcast_arrays(*(np.asarray(quantity(part), float) for part in parts)), axis=-1)
     largest = np.stack([np.max(values * kinds[:, i], axis=-1) for i in range(kinds.shape[1])], axis=-1)
     return largest[..., stages.ravel()]
 
 
-def gathered_bytes_per_param(graph: StepGraph, stack: StackSpec) -> Array:
-    """ZeRO-3 holds two gathered parts in compute format (one in use, one prefetched) and one part's full gradients."""
-    precision = graph.precision
-    per_param = 2 * (precision.compute_bytes + precision.quantized_weight_bytes) + precision.compute_bytes + stack.reduce_bytes
-    is_sharded = (np.asarray(graph.layout.zero_stage) == 3) & (np.asarray(graph.fsdp_degree) > 1)
-    return np.where(is_sharded, per_param, 0.0)
+@dataclass(frozen=True)
+class GatheredRates:
+    """Bytes per parameter that FSDP holds beyond its shards; numbers or arrays [n]."""
+
+    kept: Array
+    """ZeRO-1 and 2 of in-place stacks: all weights of the stage in compute format, through the step."""
+    block: Array
+    """ZeRO-3 in the backward pass: two gathered parts in compute format (one in use, one prefetched) and one part's full gradients."""
+    head: Array
+    """ZeRO-3 at the loss: the head, gathered and as it arrived."""
+    leaving: Array
+    """ZeRO-2 and 3 at the loss: gradients of the part that went last in the microbatch before, on their way."""
+
+
+def gathered_rates(graph: StepGraph, stack: StackSpec) -> GatheredRates:
+    """See `GatheredRates`. Source: arXiv:2304.11277 section 3.3; FSDP2 under `reftrain dry-run`."""
+    precision, zero = graph.precision, np.asarray(graph.layout.zero_stage)
+    in_place, is_sharded = stack.weight_storage == "fp32_in_place", np.asarray(graph.fsdp_degree) > 1
+    compute = precision.compute_bytes
+    block = 2 * (compute + precision.quantized_weight_bytes) + compute + stack.reduce_bytes
+    is_leaving = is_sharded & (zero >= 2) & (np.asarray(graph.num_microbatches) > 1) & in_place
+    return GatheredRates(
+        kept=np.where(is_sharded & (zero > 0) & (zero < 3) & in_place, compute, 0.0),
+        block=np.where(is_sharded & (zero == 3), block, 0.0),
+        head=np.where(is_sharded & (zero == 3), 2.0 * compute, 0.0),
+        leaving=np.where(is_leaving, stack.reduce_bytes, 0.0),
+    )
 
 
 def gathered_params(part: Part, graph: StepGraph) -> Array:
@@ -240,9 +316,15 @@ def gathered_params(part: Part, graph: StepGraph) -> Array:
     return part.total("params") + (part.total("tied_params") if graph.layout.pp > 1 else 0.0)
 
 
-def _gathered(graph: StepGraph, stack: StackSpec) -> Array:
-    per_param = gathered_bytes_per_param(graph, stack)
-    return _largest(graph, lambda part: gathered_params(part, graph) * per_param)
+def _gathered(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array]:
+    """FSDP's bytes (at the loss, in the blocks), [..., pp]."""
+    rates = gathered_rates(graph, stack)
+    kept = over_stages([gathered_params(part, graph) * rates.kept for part in graph.parts], part_runs(graph))
+    first, head = (
+        _stage_axis(gathered_params(part, graph) * rate) * (part.counts > 0)
+        for part, rate in ((graph.parts[0], rates.leaving), (graph.parts[-1], rates.head))
+    )
+    return kept + first + head, kept + _largest(graph, lambda part: gathered_params(part, graph) * rates.block)
 
 
 def transient_bytes(cost: OpCost, graph: StepGraph) -> Array:
@@ -253,7 +335,7 @@ def transient_bytes(cost: OpCost, graph: StepGraph) -> Array:
     return cost.workspace_bytes + m * cost.num_gemms * (n + k) * graph.numerics.compute_bytes
 
 
-def _temporaries(graph: StepGraph) -> Array:
+def _temporaries(graph: StepGraph, *, is_head: bool) -> Array:
     """What the op that needs most holds while it runs."""
 
     def worst(part: Part) -> Array:
@@ -262,4 +344,4 @@ def _temporaries(graph: StepGraph) -> Array:
             found = np.maximum(found, transient_bytes(cost, graph))
         return found
 
-    return _largest(graph, worst)
+    return _largest(graph, worst, is_head=is_head)

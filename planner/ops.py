@@ -81,10 +81,15 @@ class Linear:
             is_gathered = self.split != "column" or numerics.saves_gathered_input
             kept_rows = rows if is_gathered else shard.local_tokens * self.token_fraction
             saved[self.saves_input] = kept_rows * inner * numerics.saved_matmul_bytes
-        b = numerics.compute_bytes
+        b, workspace = numerics.compute_bytes, 0.0 * weight
         trained = 0.0 if is_frozen or self.is_tied else weight
         is_embedding = self.category == "embedding"
-        num_chunks = loss_chunks(rows) if self.is_chunked and numerics.loss_kernel == "chunked" else 1
+        num_chunks: Array = 1
+        if self.is_chunked and numerics.loss_kernel == "chunked":
+            num_chunks = loss_chunks(rows)
+            # Both gradients are made with the loss: that of the weight in fp32, to which every chunk's product is added.
+            saved["logits"] = rows * inner * b + weight * 4.0
+            workspace = rows / num_chunks * outer * b + weight * b if b < 4 else workspace
         return OpCost(
             self,
             matrix_params=adapter + (0.0 if is_embedding else trained),
@@ -102,6 +107,7 @@ class Linear:
             forward_bytes=b * (rows * inner + weight + rows * outer),
             backward_bytes=b * (rows * outer + weight + rows * inner) + b * (rows * inner + rows * outer + weight),
             saved=saved,
+            workspace_bytes=workspace,
             gemm=(rows / num_chunks, outer, inner),
             num_gemms=num_chunks,
         )
@@ -298,9 +304,10 @@ class Loss:
     """Softmax cross-entropy over the vocabulary of this device.
 
     Formula: bytes kept per logit: unfused 4 (fp32 probabilities) beside the logits themselves in compute format and
-    fp32; fused: the logits, overwritten by their gradient; chunked: one chunk of that. `workspace_bytes` is the
-    gradient while the backward pass of the head runs. Classes split over t ranks: each token's largest logit, sum of exponentials and
-    target logit, in fp32, summed one after the other (Megatron-LM, arXiv:1909.08053 section 3) or, chunked, gathered at once.
+    fp32; fused: the logits, overwritten by their gradient; chunked: none, as the head has its gradients already. `workspace_bytes`
+    is the gradient while the backward pass of the head runs, or one chunk of logits in fp32 and compute format. Classes split over t
+    ranks: each token's largest logit, sum of exponentials and target logit, in fp32, summed one after the other (Megatron-LM,
+    arXiv:1909.08053 section 3) or, chunked, gathered at once.
     """
 
     name: str
@@ -317,13 +324,13 @@ class Loss:
         kept, transient, moved = {
             "unfused": (b + 4.0 + 4.0, 4.0 + b, 3 * b + 24.0),
             "fused": (b, 0.0, 3 * b),
-            "chunked": (b / loss_chunks(rows), 0.0, 3 * b),
+            "chunked": (0.0, (4.0 + b * (b < 4)) / loss_chunks(rows), 3 * b),
         }[numerics.loss_kernel]
         return OpCost(
             self,
             forward_bytes=logits * moved / 2,
             backward_bytes=logits * moved / 2,
-            saved={"logits": logits * kept},
+            saved={"logits": logits * kept} if numerics.loss_kernel != "chunked" else {},
             workspace_bytes=logits * transient,
             transfers=(self._exchange(shard, numerics),),
             num_kernels=4 if numerics.loss_kernel == "unfused" else 1,

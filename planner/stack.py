@@ -64,6 +64,8 @@ class StackSpec(Spec):
     """Bytes of one gradient element on the wire."""
     frees_gradients: bool = False
     """Gradients are made anew each step (`zero_grad(set_to_none=True)`), not kept in buffers."""
+    pipeline_keeps_outputs: bool = False
+    """Pipeline stages hold their outputs of all microbatches until the step ends (torch.distributed.pipelining)."""
     attention_kernel: Literal["flash", "unfused"]
     attention_library: str
     """A kernel of data/attention_kernels.yaml."""

@@ -111,6 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad is None or grad_hidden is None or grad_weight is None:
                 continue
             grad = grad.div_(num_targets).to(hidden.dtype)
+            del logits
             torch.mm(grad, weight, out=grad_hidden[start : start + rows])
             if grad.dtype == wide:
                 torch.addmm(grad_weight, grad.t(), part, out=grad_weight)
@@ -118,6 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += grad.t() @ part
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
+            del grad
         # Saved, not merely held: a pipeline keeps every microbatch's graph to the step's end, and autograd empties it after use.
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.is_scaled = False

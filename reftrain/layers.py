@@ -5,6 +5,7 @@ Parameters are stored in fp32 and cast to the activations' format where they are
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from planner.model_spec import ModelSpec
 from reftrain.axes import SINGLE, Axes, local
 from reftrain.config import ModelDetails
 from reftrain.kernels import rms_norm
+from reftrain.recompute import not_kept
 
 __all__ = ["FeedForward", "LayerNorm", "Linear", "RmsNorm", "TokenEmbedding", "activate", "make_norm"]
 
@@ -138,10 +140,15 @@ class FeedForward(nn.Module):
         self.gate = Linear(h, f, spec.mlp_bias) if spec.is_gated else None
         self.down = Linear(f, h, spec.mlp_bias)
         self.kind, self.is_tanh_gelu = spec.activation, details.is_tanh_gelu
+        self.ends_block = False
+        """Whether its result is only added to the residual stream."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Before the residual is added."""
         x = self.axes.enter(x)
         if self.gate is None:
-            return self.down(activate(self.up(x), self.kind, self.is_tanh_gelu))  # type: ignore[no-any-return]
-        return self.down(activate(self.gate(x), self.kind, self.is_tanh_gelu) * self.up(x))  # type: ignore[no-any-return]
+            inner = activate(self.up(x), self.kind, self.is_tanh_gelu)
+        else:
+            inner = activate(self.gate(x), self.kind, self.is_tanh_gelu) * self.up(x)
+        with not_kept() if self.ends_block else nullcontext():
+            return self.down(inner)  # type: ignore[no-any-return]

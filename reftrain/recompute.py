@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-__all__ = ["recompute"]
+__all__ = ["not_kept", "recompute"]
 
 aten = torch.ops.aten
 KEPT = {
@@ -23,8 +24,22 @@ KEPT = {
 """Outputs that selective recompute keeps: what is slow to make again. Norms, activations and products with gates are not."""
 
 
+_is_kept = True
+
+
+@contextmanager
+def not_kept() -> Iterator[None]:
+    """Around a block's last matmul, whose output nothing in the block's backward pass needs: recomputation stops before it."""
+    global _is_kept
+    before, _is_kept = _is_kept, False
+    try:
+        yield
+    finally:
+        _is_kept = before
+
+
 def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in KEPT and _is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recompute(policy: str, function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -254,6 +254,8 @@ def _bubble(trace: Trace, key: str, path: str) -> Explanation:
     if path:
         look_up(key, path, [])
     graph, time = trace.graph, trace.time
+    if trace.at(key) == 0:
+        return explained(key, 0.0, "0", source="one stage, or stages that never wait: the schedule's makespan is the work of the busiest one")
     passes = (time.stage_forward_s, time.stage_backward_input_s, time.stage_backward_weight_s)
     layout, m = graph.layout, graph.num_microbatches
     makespan = trace.schedule.makespan_s(*passes, time.transfer_s, layout.pp, layout.num_virtual_stages, m)

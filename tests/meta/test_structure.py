@@ -19,6 +19,7 @@ LEVELS: dict[str, int] = {
     **dict.fromkeys(("precision", "optimizers", "model_spec", "workload", "layout", "curves", "hardware"), 1),
     **dict.fromkeys(("op_cost", "attention_op", "ops", "collectives", "layout_rules"), 2),
     "architectures": 3,
+    "run_files": 1,
     "stack": 2,
     "efficiency": 3,  # it prices an OpCost
     **dict.fromkeys(("schedules", "graph"), 4),
