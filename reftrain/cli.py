@@ -66,8 +66,10 @@ def run(
     from reftrain.cli_sweep import tune
     from reftrain.config import load_run_config
     from reftrain.launch import MAX_RESTARTS, is_restarted, is_worker, launch
+    from reftrain.parallel import default_device
     from reftrain.prepare_run import check_folder
     from reftrain.progress import make_progress
+    from reftrain.runnable import check_runnable
     from reftrain.train import RunOptions, train
 
     config = load_run_config(plan, _changes(settings, steps, data, profile))
@@ -78,6 +80,7 @@ def run(
         config = load_run_config(tuned)
         arguments = ["run", tuned, "--out", str(folder), *(["--resume"] if resume else []), *(["--json"] if as_json else [])]
     if not is_worker() and config.layout.num_devices > 1:
+        check_runnable(config, default_device())  # once, and not by every process
         check_folder(config, folder, resume)
         raise typer.Exit(launch(arguments, folder, config.layout.num_devices, MAX_RESTARTS if max_restarts is None else max_restarts))
     progress, close = make_progress(config, is_quiet=as_json)

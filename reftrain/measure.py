@@ -119,6 +119,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             continue
+        if not isinstance(record, dict):
+            continue
         if record.get("kind") in ("resumed", "rolled_back"):
             last = {"step": record["step"] - 1, "eval": record["step"]}
             records = [r for r in records if r.get("step", 0) <= last.get(r.get("kind", ""), math.inf)]

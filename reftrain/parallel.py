@@ -29,7 +29,7 @@ from reftrain.model import Transformer, initialize
 from reftrain.moe import Experts, Mixture
 from reftrain.runnable import expert_shards
 
-__all__ = ["Ranks", "build_model_parts", "end_distributed", "start_ranks"]
+__all__ = ["Ranks", "build_model_parts", "default_device", "end_distributed", "start_ranks"]
 
 COLUMN = ("q", "k", "v", "q_up", "kv_up", "up", "gate")
 ROW = ("out", "down")
@@ -85,6 +85,11 @@ class Ranks:
         return self.layout.dp_replicate > 1 and self.layout.zero_stage == 0 and set(one) == {1}
 
 
+def default_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def start_ranks(layout: Layout, device: torch.device | None = None) -> Ranks:
     """Joins the processes that torchrun started, and builds the layout's meshes.
 
@@ -92,8 +97,7 @@ def start_ranks(layout: Layout, device: torch.device | None = None) -> Ranks:
         InputError: another number of processes than the layout wants.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if device is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    device = default_device() if device is None else device
     if world != layout.num_devices:
         raise InputError.single(
             "layout", layout.num_devices, f"wants {layout.num_devices} processes, and {world} are running",
