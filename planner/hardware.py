@@ -262,8 +262,8 @@ class Catalog:
             raise InputError.single(
                 "cluster.num_devices",
                 num_devices,
-                f"{device.id} was measured with {known} processes",
-                f"measure it: python -m reftrain bench-device --processes {num_devices}",
+                f"{device.id} was measured with {known} process{'' if known == '1' else 'es'}",
+                f"measure it: python -m reftrain bench-device --processes {','.join(map(str, sorted({num_devices, *map(int, device.variants)})))}",
             )
         return self.accelerator(device.variants[str(num_devices)])
 

@@ -65,7 +65,7 @@ def _measure_with(count: int, precisions: Sequence[str], is_quick: bool) -> dict
     code = f"from reftrain.bench_device import measure_here; measure_here({list(precisions)!r}, {is_quick})"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--no-python"]
     command = [*(torchrun if count > 1 else []), sys.executable, "-c", code]
-    env = {**os.environ, "OMP_NUM_THREADS": str(max(cores // count, 1))}
+    env = {**({"OMP_NUM_THREADS": str(max(cores // count, 1))} if count > 1 else {}), **os.environ}  # the threads that a run would have
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:

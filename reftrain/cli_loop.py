@@ -57,7 +57,9 @@ def bench_device(
     if as_json:
         sys.stdout.write(to_json({"schema_version": 1, "accelerator": name, "catalog": str(catalog), "stack": str(stack)}))
     else:
-        sys.stdout.write(f"written: {catalog} and {stack}\nuse it: python -m planner estimate --accelerator {name} --num-devices 1 --model gpt2\n")
+        precision = "" if "bf16" in wanted else " --precision fp32"  # estimate's own default is bf16
+        request = f"--accelerator {name} --num-devices {processes.split(',')[0]} --model gpt2{precision}"
+        sys.stdout.write(f"written: {catalog} and {stack}\nuse it: python -m planner estimate {request}\n")
 
 
 def demo(out: Annotated[str, typer.Option(metavar="DIR", help="Folder for everything it writes.")] = "demo") -> None:

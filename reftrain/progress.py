@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from planner.units import format_bytes, format_duration, format_si
+from planner.report._numbers import with_unit
+from planner.units import format_duration, format_si
 from reftrain.config import RunConfig
 
 __all__ = ["make_progress", "render_summary"]
@@ -79,7 +80,7 @@ def render_summary(values: dict[str, Any], folder: Path) -> str:
             f"{format_duration(step['p90'])}), {values['tokens_per_s']:,.0f} tokens/s"
         )
     if "peak_bytes" in values:
-        lines.append(f"peak memory {format_bytes(values['peak_bytes'])} per device, {format_si(values['flops_per_step'], 'FLOP')} per step")
+        lines.append(f"peak memory {with_unit(values['peak_bytes'], 'bytes')} per device, {format_si(values['flops_per_step'], 'FLOP')} per step")
     if "mfu" in values:
         use = values["utilization"]
         lines[-1] += f", MFU {values['mfu']:.1%} of {format_si(use['peak_flops_per_s'], 'FLOP/s')} ({use['accelerator']})"

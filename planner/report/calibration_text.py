@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from planner.calibration import Calibration
+from planner.calibration import LEAST_FACTOR, MOST_FACTOR, Calibration
 
 __all__ = ["render_calibration"]
+
+AT_BOUNDS = ": as far as a fit goes; measure the machine again, with as many threads and nothing beside it"
 
 
 def render_calibration(found: Calibration, path: str) -> str:
@@ -16,7 +18,9 @@ def render_calibration(found: Calibration, path: str) -> str:
         errors = (row[f"{when}_step_s"] / measured - 1 for when in ("before", "after", "left_out"))
         lines.append(f"{str(row['run']).ljust(width)}  {measured * 1e3:8.1f}ms  " + "  ".join(f"{error:+8.1%}" for error in errors))
     lines.append("")
-    lines += [f"{kind} takes {factor:.2f} times as long as predicted before" for kind, factor in found.factors.items()]
+    for kind, factor in found.factors.items():
+        note = "" if LEAST_FACTOR < factor < MOST_FACTOR else AT_BOUNDS
+        lines.append(f"{kind} takes {factor:.2f} times as long as predicted before{note}")
     lines.append(
         f"median error of the step time: {found.median_error_before_fraction:.1%} before, {found.median_error_after_fraction:.1%} after, "
         f"{found.median_error_left_out_fraction:.1%} on runs left out of their own fit"

@@ -8,9 +8,12 @@ import sys
 import pytest
 
 from planner import estimate
+from planner.cli import app as planner_app
 from planner.cli import run_app
+from planner.errors import InputError
 from planner.files import DATA_DIR, HOME_VARIABLE, read_yaml, to_yaml
 from planner.stack import load_stack
+from reftrain import bench_device
 from reftrain.cli import app
 
 FLOPS_PER_S, STEP_S, OP_S = 2.0e9, 0.25, 1e-5
@@ -88,6 +91,52 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(arguments
     assert captured.out == ""
     assert f"error: {key} = " in captured.err
     assert not (tmp_path / "home").exists()
+
+
+def test_a_number_of_processes_that_was_not_measured_is_refused_with_the_command_that_keeps_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    write_home(tmp_path)
+    catalog = read_yaml(tmp_path / "catalog.yaml")
+    catalog["accelerators"]["by-hand"]["variants"] = {"1": "by-hand"}
+    (tmp_path / "catalog.yaml").write_text(to_yaml(catalog))
+    with pytest.raises(InputError) as caught:
+        estimate(request(cluster={"accelerator": "by-hand", "num_devices": 2}))
+    (problem,) = caught.value.problems
+    assert problem.rule == "by-hand was measured with 1 process"
+    assert problem.fix.endswith("--processes 1,2")
+
+
+@pytest.mark.parametrize(("given", "count", "threads"), [(None, 1, None), ("3", 1, "3"), (None, 2, "2"), ("3", 2, "3")])
+def test_a_measurement_has_the_threads_of_a_run(given, count, threads, monkeypatch):
+    """As `reftrain run`: the user's number of threads; else torch's own for one process, and equal shares of the cores for several."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    seen = {}
+
+    def run(command, *, env, **_):
+        seen.update(env)
+        return subprocess.CompletedProcess(command, 0, stdout='{"curves": {}}\n')
+
+    monkeypatch.setattr(bench_device.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(bench_device.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench_device.subprocess, "run", run)
+    assert bench_device._measure_with(count, ["fp32"], True) == {"curves": {}}
+    assert seen.get("OMP_NUM_THREADS") == threads
+
+
+@pytest.mark.parametrize("precisions", ["fp32", "fp32,bf16"])
+def test_the_command_that_it_prints_works(precisions, tmp_path, monkeypatch, capsys):
+    """Also where bf16, which `estimate` takes by itself, was not measured."""
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    write_home(tmp_path)
+    monkeypatch.setattr(bench_device, "bench_device", lambda *_, **__: (tmp_path / "catalog.yaml", tmp_path / "stacks" / "by-hand.yaml"))
+    monkeypatch.setattr(sys, "argv", ["reftrain", "bench-device", "--name", "by-hand", "--precisions", precisions])
+    assert run_app(app, "reftrain") == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("use it: python -m planner ")
+    assert ("--precision fp32" in command) == (precisions == "fp32")
+    monkeypatch.setattr(sys, "argv", ["planner", *command.split()])
+    assert (run_app(planner_app, "planner") == 0) == (precisions == "fp32")  # the machine by hand knows no bf16
 
 
 @pytest.mark.slow

@@ -142,6 +142,13 @@ def test_the_table_names_every_run_and_the_file(tmp_path: Path, calibrate: Any) 
     assert all(rows[run][-3] == "-20.0%" for run in runs)
     assert "20.0% before" in text
     assert f"--stack {tmp_path / 'mine.yaml'}" in text
+    assert "as far as a fit goes" not in text
+
+
+def test_a_fit_that_ends_at_its_bounds_says_so(tmp_path: Path, calibrate: Any) -> None:
+    runs = [write_run(tmp_path / f"run {i}", request(*size), slower=0.05) for i, size in enumerate(SIZES[:3])]
+    _, text, _ = calibrate(*runs, "--out", str(tmp_path / "mine.yaml"))
+    assert f"matmul takes {LEAST_FACTOR:.2f} times as long as predicted before: as far as a fit goes" in text
 
 
 @pytest.mark.parametrize(
