@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def fill(cases: Sequence[Case], path: Path, split: str, budget_s: float) -> None
     known = {row["key"] for row in _read(path)}
     missing = sorted((case for case in cases if case.key not in known), key=lambda case: case.num_block_passes)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _trainer_hash()
     for number, case in enumerate(missing, 1):
         row = {"split": split, **_run(case, budget_s)}
         with path.open("a", encoding="utf-8") as file:
@@ -104,12 +106,13 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@cache
 def _trainer_hash() -> str:
-    """Of what builds and runs a model: rows of another trainer are out of date."""
-    folder = Path(__file__).resolve().parent.parent / "reftrain"
-    names = sorted(name for name in sys.modules if name.startswith("reftrain."))
-    names = names or sorted(f"reftrain.{path.stem}" for path in folder.glob("*.py"))
-    return hashlib.sha256(b"".join((folder / f"{name.partition('.')[2]}.py").read_bytes() for name in names)).hexdigest()[:12]
+    """Of the modules that a dry run loads, as this process has them: rows of another trainer may be out of date."""
+    import reftrain.dry_run  # noqa: F401
+
+    files = sorted(str(module.__file__) for name, module in sys.modules.items() if name.startswith("reftrain."))
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
