@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from planner.errors import InputError
 from reftrain.config import RunConfig
+from reftrain.dry_run_kernels import is_for_gpu, kernels_of_a_gpu
 from reftrain.dry_run_ledger import Ledger
 from reftrain.dry_run_report import LeftOut, StageDryRun, read_step
 from reftrain.dry_run_world import adapt_ddp, axis_names, simulated_rank
@@ -97,6 +98,8 @@ def _simulate(config: RunConfig, stage: int, count: int, rounding_bytes: int, nu
     start, layout = time.perf_counter(), config.layout
     shorter = replace(config, global_batch_size=count * layout.dp * layout.micro_batch_size)
     with simulated_rank(layout, stage * (layout.num_devices // layout.pp)) as ranks, ExitStack() as stack:
+        if is_for_gpu(config):
+            stack.enter_context(kernels_of_a_gpu())
         engine = Engine(shorter, ranks)
         ledger = Ledger(axis_names(ranks), rounding_bytes)
         for part in engine.parts:
