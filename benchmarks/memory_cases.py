@@ -101,12 +101,12 @@ def _layer_key(model: dict[str, Any]) -> str:
 
 def generate(seed: int, count: int) -> list[Case]:
     """The first `count` layouts of a seed that can run; a larger count only adds to them."""
-    rng, found = random.Random(seed), list[Case]()
+    rng, found = random.Random(seed), dict[str, Case]()
     while len(found) < count:
         case = _draw(rng)
         if case is not None and _can_run(case):
-            found.append(case)
-    return found
+            found[case.key] = case
+    return list(found.values())
 
 
 def _can_run(case: Case) -> bool:
