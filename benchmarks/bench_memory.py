@@ -55,11 +55,10 @@ dry run tells apart; FSDP's flat buffers are communication buffers there and par
 
 
 def fill(cases: Sequence[Case], path: Path, split: str, budget_s: float) -> None:
-    """Runs what the cache lacks, cheapest first, one line each."""
-    known = {row["key"] for row in _read(path)}
+    """Runs what the cache lacks, or another version of the trainer failed at: cheapest first, one line each."""
+    known = {row["key"] for row in _read(path) if row["stages"] or row["trainer"] == _trainer_hash()}
     missing = sorted((case for case in cases if case.key not in known), key=lambda case: case.num_block_passes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _trainer_hash()
     for number, case in enumerate(missing, 1):
         row = {"split": split, **_run(case, budget_s)}
         with path.open("a", encoding="utf-8") as file:
@@ -116,10 +115,11 @@ def _trainer_hash() -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Without a last line that is still being written."""
+    """The newest row of each case, without a last line that is still being written."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return list({row["key"]: row for row in rows}.values())
 
 
 # ------------------------------------------------------------ judging

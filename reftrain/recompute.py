@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 __all__ = ["not_kept", "recompute"]
+
+# FSDP inside a block (of its experts) names what it does for the profiler, and does less of it, or more, when the block is made again.
+SAC_IGNORED_OPS |= {torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
 
 aten = torch.ops.aten
 KEPT = {

@@ -60,6 +60,7 @@ TOGETHER = [
     Case("mixtral", {**TP_SP, "ep": 2}, LONG), Case("llama", {"dp_replicate": 2, "dp_shard": 2, "zero_stage": 3}, LONG),
     Case("llama", {**ZERO_3, **TP_SP}, {**LONG, **FULL}), Case("llama", {**ZERO_2, "pp": 2}, LONG), Case("gqa", {**ZERO_3, "cp": 2}, LONG),
     Case("llama", {**TP_SP, "pp": 2}, {**BF16, **FULL}), Case("qwen_moe", {**ZERO_3, **TP_SP, "ep": 4}, LONG),
+    Case("mixtral", {**ZERO_2, "ep": 2}, {**LONG, **SELECTIVE}),
 ]  # fmt: skip
 LEFT_OUT = 16
 """Samples of a batch that is longer than what the dry run simulates."""
@@ -210,6 +211,14 @@ def test_recomputation_trades_activations_for_work() -> None:
     # full: each block's input, [1, 32, 32] in bf16, beside what the ends keep
     assert kept["full"] >= 4 * 32 * 32 * 2
     assert stages["none"].highest_bytes["recomputed_activations"] == 0 < stages["full"].highest_bytes["recomputed_activations"]
+
+
+@pytest.mark.parametrize("layout", [{"dp_shard": 2, "zero_stage": 3, "ep": 2}, {"dp_replicate": 2, "ep": 2}])
+def test_experts_of_their_own_shards_are_recomputed_too(layout: dict[str, Any]) -> None:
+    none, selective, full = (
+        dry_run(Case("mixtral", layout, {**BF16, "seq_len": 256, "recompute": policy}).config()) for policy in ("none", "selective", "full")
+    )
+    assert full.peak_bytes < selective.peak_bytes < none.peak_bytes
 
 
 def test_rounding_is_an_allocators() -> None:
