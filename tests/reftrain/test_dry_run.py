@@ -60,7 +60,6 @@ TOGETHER = [
     Case("mixtral", {**TP_SP, "ep": 2}, LONG), Case("llama", {"dp_replicate": 2, "dp_shard": 2, "zero_stage": 3}, LONG),
     Case("llama", {**ZERO_3, **TP_SP}, {**LONG, **FULL}), Case("llama", {**ZERO_2, "pp": 2}, LONG), Case("gqa", {**ZERO_3, "cp": 2}, LONG),
     Case("llama", {**TP_SP, "pp": 2}, {**BF16, **FULL}), Case("qwen_moe", {**ZERO_3, **TP_SP, "ep": 4}, LONG),
-    Case("mixtral", {**ZERO_2, "ep": 2}, {**LONG, **SELECTIVE}),
 ]  # fmt: skip
 LEFT_OUT = 16
 """Samples of a batch that is longer than what the dry run simulates."""
