@@ -61,7 +61,8 @@ class Attention:
         q, k, v, out = (
             shard.tokens * w for w in (heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.v_head_dim, heads * self.v_head_dim)
         )
-        saved: dict[Producer, Array] = {"matmul": (q + k + v) * b} if self.saves_qkv else {}
+        held = (k + v) * (shard.cp if numerics.gathers_keys else 1)
+        saved: dict[Producer, Array] = {"matmul": (q + held) * b} if self.saves_qkv else {}
         saved["attention"] = out * b
         if is_flash:
             saved["attention"] = saved["attention"] + 4.0 * shard.tokens * heads
@@ -90,10 +91,12 @@ class Attention:
             saved=saved,
             workspace_bytes=workspace,
             num_kernels=1 if is_flash else 5,
-            transfers=self._ring(shard, numerics, k + v),
+            transfers=self._exchange(shard, numerics, k + v),
         )
 
-    def _ring(self, shard: Shard, numerics: Numerics, kv_elements: Array) -> tuple[Transfer, ...]:
-        """Context parallelism passes keys and values around the ring; backward passes them and their gradients."""
-        full = kv_elements * numerics.compute_bytes * np.asarray(shard.cp)
+    def _exchange(self, shard: Shard, numerics: Numerics, kv_elements: Array) -> tuple[Transfer, ...]:
+        """Context parallelism passes keys and values around the ring, and backward them and their gradients; or gathers and scatters them."""
+        full = kv_elements * numerics.compute_bytes * np.asarray(shard.cp) * (np.asarray(shard.cp) > 1)
+        if numerics.gathers_keys:
+            return (Transfer("all_gather", "cp", "forward", full, 2), Transfer("reduce_scatter", "cp", "backward", full, 2))
         return (Transfer("ring", "cp", "forward", full), Transfer("ring", "cp", "backward", 2.0 * full))

@@ -16,7 +16,7 @@ from planner.stack import StackSpec
 
 __all__ = [
     "INSTANTS", "GatheredRates", "MemoryBreakdown", "StateFormat", "cast_bytes", "estimate_memory", "gathered_params", "gathered_rates", "kept_bytes",
-    "makes_gradients_late", "part_states", "state_format", "trained_params", "transient_bytes", "workspace_bytes", "zero_degrees",
+    "makes_gradients_late", "part_states", "state_format", "trained_params", "transient_bytes", "workspace_bytes", "wraps_weights", "zero_degrees",
 ]  # fmt: skip
 
 Array = Any
@@ -71,9 +71,9 @@ class MemoryBreakdown:
         return np.argmax(self.total_bytes, axis=-1)
 
 
-INSTANTS = ("loss", "blocks", "update")
-"""When a stage may hold most: at the loss and its gradient, in the backward pass of the first block that comes to it, and after the
-last one, where gradients that were not there before have taken the place of activations."""
+INSTANTS = ("loss", "blocks", "reduce", "update")
+"""When a stage may hold most: at the loss and its gradient; in the backward pass of the first block that comes to it; when FSDP sends off
+the largest block's gradients; and after the last block, where gradients that were not there before have taken the place of activations."""
 
 
 def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> MemoryBreakdown:
@@ -92,7 +92,8 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     others = np.maximum(in_flight - 1, 0)
     is_single = makes_gradients_late(graph, stack)
     head = _stage_axis(sum(part_states(graph, stack, graph.parts[-1], is_expert)[1] for is_expert in (False, True))) * _has_head(graph)
-    at_loss, in_blocks = _gathered(graph, stack)
+    at_loss, in_blocks, at_reduce = _gathered(graph, stack)
+    late = np.where(is_single, head, gradients)
     instants = [
         {
             "gradients": gradients * ~is_single, "activations": activations * in_flight, "logits": logits * in_flight,
@@ -100,9 +101,13 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
             "temporaries": _temporaries(graph, is_head=True),
         },
         {
-            "gradients": np.where(is_single, head, gradients), "activations": activations * in_flight, "logits": logits * others,
+            "gradients": late, "activations": activations * in_flight, "logits": logits * others,
             "cast_weights": casts * in_flight + head_casts * others, "recompute_workspace": _recompute_workspace(graph, stack),
             "gathered_weights": in_blocks, "temporaries": _temporaries(graph, is_head=False),
+        },
+        {
+            "gradients": late, "activations": activations * in_flight, "logits": logits * others,
+            "cast_weights": casts * in_flight + head_casts * others, "gathered_weights": at_reduce,
         },
         {"gradients": gradients},
     ]  # fmt: skip
@@ -230,9 +235,15 @@ def cast_bytes(cost: OpCost, graph: StepGraph, stack: StackSpec) -> Array:
     if stack.weight_storage != "fp32_in_place" or not precision.needs_master_weights or cost.gemm is None:
         return 0.0
     weight = cost.matrix_params + cost.embedding_params + cost.tied_params
-    degree = graph.expert_fsdp_degree if cost.op.is_expert else graph.fsdp_degree
-    is_sharded = (np.asarray(graph.layout.zero_stage) > 0) & (np.asarray(degree) > 1)
-    return weight * precision.compute_bytes * ~is_sharded
+    return weight * precision.compute_bytes * ~wraps_weights(graph, is_expert=cost.op.is_expert)
+
+
+def wraps_weights(graph: StepGraph, *, is_expert: bool = False) -> Array:
+    """Whether FSDP holds the weights: wherever several ranks share data, but for plain data parallelism of whole models (DDP)."""
+    layout = graph.layout
+    zero, degree = np.asarray(layout.zero_stage), np.asarray(graph.expert_fsdp_degree if is_expert else graph.fsdp_degree)
+    is_plain = np.asarray(layout.tp * layout.cp * layout.pp * layout.ep * layout.dp_shard) == 1
+    return np.where(zero > 0, degree > 1, (np.asarray(layout.dp * layout.cp) > 1) & ~is_plain)
 
 
 def makes_gradients_late(graph: StepGraph, stack: StackSpec) -> Array:
@@ -287,9 +298,11 @@ class GatheredRates:
     """Bytes per parameter that FSDP holds beyond its shards; numbers or arrays [n]."""
 
     kept: Array
-    """ZeRO-1 and 2 of in-place stacks: all weights of the stage in compute format, through the step."""
+    """Without ZeRO-3, in-place stacks: all weights of the stage in compute format, through the step."""
     block: Array
-    """ZeRO-3 in the backward pass: two gathered parts in compute format (one in use, one prefetched) and one part's full gradients."""
+    """ZeRO-3 in the backward pass: two parts in compute format (one in use, one that arrives) and the last part's gradients, that leave."""
+    reduce: Array
+    """ZeRO-3 between two blocks: the same, and this part's gradients in compute format, from which those that leave were copied."""
     head: Array
     """ZeRO-3 at the loss: the head, gathered and as it arrived."""
     leaving: Array
@@ -301,11 +314,12 @@ def gathered_rates(graph: StepGraph, stack: StackSpec) -> GatheredRates:
     precision, zero = graph.precision, np.asarray(graph.layout.zero_stage)
     in_place, is_sharded = stack.weight_storage == "fp32_in_place", np.asarray(graph.fsdp_degree) > 1
     compute = precision.compute_bytes
-    block = 2 * (compute + precision.quantized_weight_bytes) + compute + stack.reduce_bytes
+    block = 2 * (compute + precision.quantized_weight_bytes) + stack.reduce_bytes
     is_leaving = is_sharded & (zero >= 2) & (np.asarray(graph.num_microbatches) > 1) & in_place
     return GatheredRates(
-        kept=np.where(is_sharded & (zero > 0) & (zero < 3) & in_place, compute, 0.0),
+        kept=np.where(wraps_weights(graph) & (zero < 3) & in_place & (is_sharded | precision.needs_master_weights), compute, 0.0),
         block=np.where(is_sharded & (zero == 3), block, 0.0),
+        reduce=np.where(is_sharded & (zero == 3), block + compute, 0.0),
         head=np.where(is_sharded & (zero == 3), 2.0 * compute, 0.0),
         leaving=np.where(is_leaving, stack.reduce_bytes, 0.0),
     )
@@ -316,15 +330,16 @@ def gathered_params(part: Part, graph: StepGraph) -> Array:
     return part.total("params") + (part.total("tied_params") if graph.layout.pp > 1 else 0.0)
 
 
-def _gathered(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array]:
-    """FSDP's bytes (at the loss, in the blocks), [..., pp]."""
+def _gathered(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array, Array]:
+    """FSDP's bytes (at the loss, in the blocks, between them), [..., pp]."""
     rates = gathered_rates(graph, stack)
     kept = over_stages([gathered_params(part, graph) * rates.kept for part in graph.parts], part_runs(graph))
     first, head = (
         _stage_axis(gathered_params(part, graph) * rate) * (part.counts > 0)
         for part, rate in ((graph.parts[0], rates.leaving), (graph.parts[-1], rates.head))
     )
-    return kept + first + head, kept + _largest(graph, lambda part: gathered_params(part, graph) * rates.block)
+    in_blocks, at_reduce = (_largest(graph, lambda part, rate=rate: gathered_params(part, graph) * rate) for rate in (rates.block, rates.reduce))
+    return kept + first + head, kept + in_blocks, kept + at_reduce
 
 
 def transient_bytes(cost: OpCost, graph: StepGraph) -> Array:

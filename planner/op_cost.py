@@ -69,6 +69,8 @@ class Numerics:
     fused_norm: bool = True
     saves_gathered_input: bool = False
     """Keep the all-gathered input of sequence parallelism, instead of gathering it again in the backward pass."""
+    gathers_keys: bool = False
+    """Context parallelism gathers keys and values of the whole sequence (arXiv:2407.21783, 3.3.2), instead of passing them around a ring."""
     lora_rank: int = 0
     """0: every weight is trained."""
     expert_imbalance: float = 1.0

@@ -66,6 +66,8 @@ class StackSpec(Spec):
     """Gradients are made anew each step (`zero_grad(set_to_none=True)`), not kept in buffers."""
     pipeline_keeps_outputs: bool = False
     """Pipeline stages hold their outputs of all microbatches until the step ends (torch.distributed.pipelining)."""
+    context_parallel: Literal["ring", "gather"] = "ring"
+    """Keys and values go around a ring, or every rank gathers those of the whole sequence and keeps them."""
     attention_kernel: Literal["flash", "unfused"]
     attention_library: str
     """A kernel of data/attention_kernels.yaml."""

@@ -123,7 +123,7 @@ def _held(trace: Trace, what: str, part: Part, stage: int) -> Input:
     origin = f"microbatches that schedule {trace.graph.layout.schedule} holds on stage {stage}"
     if instant == "update":
         return Input("in_flight", 0.0, "after the last backward pass: none")
-    if instant == "blocks" and not part.is_block and what != "activations":
+    if instant in ("blocks", "reduce") and not part.is_block and what != "activations":
         return Input("in_flight", max(in_flight - 1, 0.0), f"{origin}, without the one that has passed the head")
     return Input("in_flight", in_flight, origin)
 
@@ -281,7 +281,7 @@ def _gathered(trace: Trace, key: str, stage: int) -> Explanation:
         largest = max((float(gathered_params(part, graph)) for part in present if part is not graph.parts[-1]), default=0.0)
         inputs += [
             Input("largest_params", largest, "of the largest part but the head"),
-            Input("largest_bytes", float(rates.block), "two gathered copies in compute format, full gradients in compute and reduce format"),
+            Input("largest_bytes", float(rates.block if instant == "blocks" else rates.reduce), "parts in use and arriving, gradients that leave"),
         ]
         formula = "stage_params * kept_bytes + largest_params * largest_bytes"
     return explained(key, value, formula, inputs, source=_SOURCES["gathered_weights"])
