@@ -10,6 +10,7 @@ import datetime
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -185,17 +186,21 @@ def _common_stack(plans: Sequence[Plan]) -> str:
 
 
 def _fit(times: np.ndarray, rest: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """Time factors, [kinds]: ridge regression towards 1 on relative errors, inside bounds (projected, kind by kind)."""
+    """Time factors, [kinds]: ridge regression towards 1 on relative errors, inside bounds: the best of all ways to hold some at a bound."""
     design, target = times / measured[:, None], 1 - rest / measured
     num_runs, num_kinds = design.shape
     gram = design.T @ design / num_runs + PRIOR_WEIGHT / num_kinds * np.eye(num_kinds)
     goal = design.T @ target / num_runs + PRIOR_WEIGHT / num_kinds
-    factors = np.ones(num_kinds)
-    for _ in range(500):  # coordinate descent of a convex quadratic: converges to the bounded optimum
-        for k in range(num_kinds):
-            others = gram[k] @ factors - gram[k, k] * factors[k]
-            factors[k] = np.clip((goal[k] - others) / gram[k, k], LEAST_FACTOR, MOST_FACTOR)
-    return factors
+    best, least = np.ones(num_kinds), np.inf
+    for bounds in product((None, LEAST_FACTOR, MOST_FACTOR), repeat=num_kinds):  # 81 of them: the bounded optimum exactly
+        free = [k for k, bound in enumerate(bounds) if bound is None]
+        factors = np.array([1.0 if bound is None else bound for bound in bounds])
+        held = [k for k in range(num_kinds) if k not in free]
+        factors[free] = np.linalg.solve(gram[np.ix_(free, free)], goal[free] - gram[np.ix_(free, held)] @ factors[held])
+        value = factors @ gram @ factors / 2 - goal @ factors
+        if value < least and np.all((factors >= LEAST_FACTOR) & (factors <= MOST_FACTOR)):
+            best, least = factors, value
+    return best
 
 
 def _scaled(old: StackSpec, factors: np.ndarray, evidence: str, source: str) -> dict[str, Any]:
