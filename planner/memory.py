@@ -93,7 +93,10 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     is_single = makes_gradients_late(graph, stack)
     head = _stage_axis(sum(part_states(graph, stack, graph.parts[-1], is_expert)[1] for is_expert in (False, True))) * _has_head(graph)
     at_loss, in_blocks, at_reduce = _gathered(graph, stack)
-    late = np.where(is_single, head, gradients)
+    in_backward = {
+        "gradients": np.where(is_single, head, gradients), "activations": activations * in_flight, "logits": logits * others,
+        "cast_weights": casts * in_flight + head_casts * others,
+    }  # fmt: skip
     instants = [
         {
             "gradients": gradients * ~is_single, "activations": activations * in_flight, "logits": logits * in_flight,
@@ -101,14 +104,10 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
             "temporaries": _temporaries(graph, is_head=True),
         },
         {
-            "gradients": late, "activations": activations * in_flight, "logits": logits * others,
-            "cast_weights": casts * in_flight + head_casts * others, "recompute_workspace": _recompute_workspace(graph, stack),
+            **in_backward, "recompute_workspace": _recompute_workspace(graph, stack),
             "gathered_weights": in_blocks, "temporaries": _temporaries(graph, is_head=False),
         },
-        {
-            "gradients": late, "activations": activations * in_flight, "logits": logits * others,
-            "cast_weights": casts * in_flight + head_casts * others, "gathered_weights": at_reduce,
-        },
+        {**in_backward, "gathered_weights": at_reduce},
         {"gradients": gradients},
     ]  # fmt: skip
     totals = [sum(parts.values()) for parts in instants]
@@ -338,8 +337,8 @@ def _gathered(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array, Array]:
         _stage_axis(gathered_params(part, graph) * rate) * (part.counts > 0)
         for part, rate in ((graph.parts[0], rates.leaving), (graph.parts[-1], rates.head))
     )
-    in_blocks, at_reduce = (_largest(graph, lambda part, rate=rate: gathered_params(part, graph) * rate) for rate in (rates.block, rates.reduce))
-    return kept + first + head, kept + in_blocks, kept + at_reduce
+    largest = _largest(graph, lambda part: gathered_params(part, graph))
+    return kept + first + head, kept + largest * _stage_axis(rates.block), kept + largest * _stage_axis(rates.reduce)
 
 
 def transient_bytes(cost: OpCost, graph: StepGraph) -> Array:

@@ -29,7 +29,7 @@ from reftrain.config import RunConfig, make_run_config
 from reftrain.data import SyntheticDataset
 from reftrain.host_memory import keep_freed_memory
 from reftrain.optim import learning_rate, local_gradients, local_squared_norm, make_optimizers, scale_gradients
-from reftrain.parallel import Ranks
+from reftrain.parallel import Ranks, default_device
 from reftrain.steps import Engine, StepTimes
 
 __all__ = ["bench_device", "measure_here"]
@@ -76,7 +76,7 @@ def _measure_with(count: int, precisions: Sequence[str], is_quick: bool) -> dict
 
 def measure_here(precisions: Sequence[str], is_quick: bool = False) -> None:
     """Measures in this process (and its peers under torchrun); rank 0 prints one JSON object."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    device = default_device()
     if device.type == "cpu":
         keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

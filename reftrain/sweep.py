@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from planner.errors import InputError, Problem, nearest
@@ -34,6 +33,7 @@ from planner.spec import Spec
 from planner.workload import Workload
 from reftrain.config import RunConfig, Training, make_run_config
 from reftrain.measure import read_metrics
+from reftrain.parallel import default_device
 from reftrain.prepare_run import prepare_data
 from reftrain.runnable import check_runnable
 from reftrain.trials import Child, rendered, vary
@@ -166,7 +166,7 @@ def plan_trials(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[Tr
         try:
             varied = vary(plan, settings)
             trial = Trial(_name(settings), settings, varied, make_run_config(build_request(varied)))
-            check_runnable(trial.config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            check_runnable(trial.config, default_device())
             trials.append(trial)
         except InputError as error:
             problems |= {str(problem): problem for problem in error.problems}

@@ -26,7 +26,7 @@ from planner.units import format_bytes
 from reftrain.config import RunConfig, make_run_config
 from reftrain.host_memory import keep_freed_memory
 from reftrain.measure import WARMUP_STEPS, Summary
-from reftrain.parallel import end_distributed, start_ranks
+from reftrain.parallel import default_device, end_distributed, start_ranks
 from reftrain.prepare_run import prepare_data
 from reftrain.runnable import check_runnable
 from reftrain.train import RunOptions, Trainer, set_numerics
@@ -210,14 +210,10 @@ def tune_micro_batch(config: RunConfig, folder: Path, say: Callable[[str], None]
 def _obstacle(plan: dict[str, Any], size: int) -> str:
     """The rules of layouts and schedules that a size breaks."""
     try:
-        check_runnable(make_run_config(build_request(vary(plan, {"layout.micro_batch_size": size}))), _device())
+        check_runnable(make_run_config(build_request(vary(plan, {"layout.micro_batch_size": size}))), default_device())
     except InputError as error:
         return "; ".join(problem.rule for problem in error.problems)
     return ""
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _measure(plan: dict[str, Any], size: int, place: Path, child: Child) -> Measured | str:
