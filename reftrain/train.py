@@ -61,10 +61,7 @@ def train(config: RunConfig, options: RunOptions, progress: Progress = lambda re
     """
     ranks = start_ranks(config.layout, options.device)
     try:
-        check_runnable(config, ranks.device)
-        set_numerics(config)
-        if ranks.device.type == "cpu":
-            keep_freed_memory()
+        set_up(config, ranks.device)
         with hold_folder(options.out, ranks):
             on_first_rank(ranks, lambda: prepare_folder(config, options.out, options.resume))
             data = options.data or on_first_rank(ranks, lambda: prepare_data(config, options.out))
@@ -73,8 +70,15 @@ def train(config: RunConfig, options: RunOptions, progress: Progress = lambda re
         end_distributed()
 
 
-def set_numerics(config: RunConfig) -> None:
-    """tf32 only where the plan says so."""
+def set_up(config: RunConfig, device: torch.device) -> None:
+    """What a process settles before it trains: that it can, tf32 only where the plan says so, and memory kept on a CPU.
+
+    Raises:
+        InputError: a layout that cannot run here.
+    """
+    check_runnable(config, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     allowed = config.workload.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed

@@ -24,12 +24,11 @@ from planner.plan import build_request
 from planner.report._numbers import with_unit
 from planner.units import format_bytes
 from reftrain.config import RunConfig, make_run_config
-from reftrain.host_memory import keep_freed_memory
 from reftrain.measure import WARMUP_STEPS, Summary
 from reftrain.parallel import default_device, end_distributed, start_ranks
 from reftrain.prepare_run import prepare_data
 from reftrain.runnable import check_runnable
-from reftrain.train import RunOptions, Trainer, set_numerics
+from reftrain.train import RunOptions, Trainer, set_up
 from reftrain.trials import Child, predict, rendered, vary
 
 __all__ = ["Rung", "Tuning", "climb", "measure_steps", "render_tuning", "tune_micro_batch", "tuned_plan"]
@@ -267,10 +266,7 @@ def measure_steps(config: RunConfig, out: Path) -> None:
     """
     ranks = start_ranks(config.layout)
     try:
-        check_runnable(config, ranks.device)
-        set_numerics(config)
-        if ranks.device.type == "cpu":
-            keep_freed_memory()
+        set_up(config, ranks.device)
         Probe(config, RunOptions(out), ranks, config.training.data, lambda record: None).run()
     except (MemoryError, RuntimeError) as error:
         text = str(error).partition("\n")[0]
