@@ -10,15 +10,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
-import signal
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -54,55 +55,63 @@ dry run tells apart; FSDP's flat buffers are communication buffers there and par
 # ------------------------------------------------------------ dry runs
 
 
-def fill(cases: Sequence[Case], path: Path, split: str, budget_s: float) -> None:
+def fill(cases: Sequence[Case], path: Path, split: str, budget_s: float, num_jobs: int = 1) -> None:
     """Runs what the cache lacks, or another version of the trainer failed at: cheapest first, one line each."""
     known = {row["key"] for row in _read(path) if row["stages"] or row["trainer"] == _trainer_hash()}
     missing = sorted((case for case in cases if case.key not in known), key=lambda case: case.num_block_passes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for number, case in enumerate(missing, 1):
-        row = {"split": split, **_run(case, budget_s)}
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        sys.stderr.write(f"{number}/{len(missing)} {row['wall_s']:.0f} s  {_describe(row)}  {row.get('error', '')}\n")
+    with ThreadPoolExecutor(num_jobs) as pool:
+        for number, found in enumerate(as_completed(pool.submit(_run, case, budget_s) for case in missing), 1):
+            row = {"split": split, **found.result()}
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            sys.stderr.write(f"{number}/{len(missing)} {row['wall_s']:.0f} s  {_describe(row)}  {row.get('error', '')}\n")
 
 
 def _run(case: Case, budget_s: float) -> dict[str, Any]:
     """The dry run of a case; with half of its layers where it takes too long."""
-    from reftrain.config import make_run_config
-    from reftrain.dry_run import dry_run
-
     start, shown = time.perf_counter(), case
     while True:
         row = {"key": case.key, "family": case.family, "name": case.name, "plan": shown.plan, "note": shown.note, "trainer": _trainer_hash()}
-        try:
-            with _at_most(budget_s):
-                found = dry_run(make_run_config(build_request(shown.plan)), stages=shown.stages)
-        except TimeoutError:
+        found = _in_a_process(shown, budget_s)
+        if found is None:
             step = shown.plan["layout"]["pp"] * shown.plan["layout"]["num_virtual_stages"]
             depth = max(shown.num_layers // 2 // step * step, shown.smallest_depth)
-            if depth >= shown.num_layers:
-                return {**row, "error": f"takes more than {budget_s:g} s", "stages": [], "wall_s": time.perf_counter() - start}
-            shown = shown.with_layers(depth)
-            continue
-        except Exception as error:  # whatever it is, the other cases go on and the table says so
-            return {**row, "error": f"{type(error).__name__}: {error}"[:300], "stages": [], "wall_s": time.perf_counter() - start}
-        wanted = ("stage", "peak_bytes", "peak_phase", "breakdown_bytes", "highest_bytes", "phase_peak_bytes", "between_steps_bytes", "largest")
-        stages = [{key: stage.to_dict()[key] for key in wanted} for stage in found.stages]
-        return {**row, "stages": stages, "wall_s": time.perf_counter() - start}
+            if depth < shown.num_layers:
+                shown = shown.with_layers(depth)
+                continue
+            found = {"error": f"takes more than {budget_s:g} s", "stages": []}
+        return {**row, **found, "wall_s": time.perf_counter() - start}
 
 
-@contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def _in_a_process(case: Case, budget_s: float) -> dict[str, Any] | None:
+    """The stages of a dry run, or its error; None: it took longer. Torch cannot be interrupted in its own process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["memory_cases", "reftrain.dry_run"])
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_simulate, args=(case, sender), daemon=True)
+    child.start()
+    sender.close()
     try:
-        yield
+        return receiver.recv() if receiver.poll(budget_s) else None
+    except EOFError:
+        return {"error": "its process died", "stages": []}
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        child.kill()
+        child.join()
+
+
+def _simulate(case: Case, sender: Connection) -> None:
+    from reftrain.config import make_run_config
+    from reftrain.dry_run import dry_run
+
+    wanted = ("stage", "peak_bytes", "peak_phase", "breakdown_bytes", "highest_bytes", "phase_peak_bytes", "between_steps_bytes", "largest")
+    try:
+        found = dry_run(make_run_config(build_request(case.plan)), stages=case.stages)
+    except Exception as error:  # whatever it is, the other cases go on and the table says so
+        sender.send({"error": f"{type(error).__name__}: {error}"[:300], "stages": []})
+    else:
+        sender.send({"stages": [{key: stage.to_dict()[key] for key in wanted} for stage in found.stages]})
 
 
 @cache
@@ -223,13 +232,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=TUNE_SEED, help="of the tune split")
     parser.add_argument("--count", type=int, help="layouts to draw")
     parser.add_argument("--budget-s", type=float, default=120.0, help="a dry run that takes longer is run with fewer layers")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="dry runs at once")
     parser.add_argument("--judge-only", action="store_true", help="no new dry runs")
     parser.add_argument("--worst", type=int, default=15, help="cases to show")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if not args.judge_only:
         seed = TEST_SEED if args.split == "test" else args.seed
-        fill(generate(seed, args.count or COUNTS[args.split]), args.cache, args.split, args.budget_s)
+        fill(generate(seed, args.count or COUNTS[args.split]), args.cache, args.split, args.budget_s, args.jobs)
     rows = _read(args.cache)
     failed = [row for row in rows if not row["stages"]]
     judged = [judge(row) for row in rows if row["stages"]]
