@@ -42,7 +42,7 @@ class Positions(nn.Module):
 
     def place(self, seq_len: int, device: torch.device, dtype: torch.dtype, axes: Axes = SINGLE) -> None:
         """Tables for sequences of `seq_len` tokens, of which this rank holds its context-parallel slices."""
-        self.axes, self.seq_len = axes, seq_len
+        self.axes, self.seq_len, self.dtype = axes, seq_len, dtype
         cp, rank = (1, 0) if axes.cp_mesh is None else (axes.cp_mesh.size(), axes.cp_mesh.get_local_rank())
         mine = cp_positions(seq_len, cp, rank)
         self.positions = mine.to(device)
@@ -57,7 +57,10 @@ class Positions(nn.Module):
         return rotate(x, self.cos, self.sin)
 
     def mask(self, window: int, is_causal: bool) -> Tensor | None:
-        """Which keys each of this rank's queries sees, [S/cp, S]; None where plain causal or full attention says it."""
+        """What is added to the scores, [S/cp, S]: 0 where a query of this rank sees the key, else -inf; None where is_causal says it.
+
+        In the format of the scores: torch would make and keep such a tensor of one of yes and no in every layer.
+        """
         is_windowed = 0 < window < self.seq_len
         if not is_windowed and (self.axes.cp_mesh is None or not is_causal):
             return None
@@ -66,7 +69,7 @@ class Positions(nn.Module):
             seen = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
             if is_windowed:
                 seen = seen & (distance < window) & (distance > -window)
-            self._masks[window] = seen
+            self._masks[window] = torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, -torch.inf)
         return self._masks[window]
 
 

@@ -52,15 +52,12 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Shapes: query [B, heads, S, D], key [B, heads, T, D], value [B, heads, T, Dv], mask [S, T]; returns [B, heads, S, Dv]."""
+    """Shapes: query [B, heads, S, D], key [B, heads, T, D], value [B, heads, T, Dv], mask [S, T] to add; returns [B, heads, S, Dv]."""
     is_plain = dropout_p == 0.0 and value.shape[-1] == query.shape[-1]
     if is_plain or not torch.backends.cuda.mem_efficient_sdp_enabled():  # type: ignore[no-untyped-call]
         return on_cpu(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    bias = None
-    if attn_mask is not None:  # as torch makes one of a mask of yes and no
-        bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
-        bias = bias.expand(*query.shape[:2], *attn_mask.shape)
+    bias = None if attn_mask is None else attn_mask.expand(*query.shape[:2], *attn_mask.shape)
     out = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p, is_causal, scale=scale)
     return out[0]  # type: ignore[no-any-return]

@@ -47,7 +47,9 @@ class Linear(nn.Module):
         weight = local(self.weight).to(x.dtype)
         if self.split == "column":
             return functional.linear(x, weight, None if self.bias is None else local(self.bias).to(x.dtype))
-        y = self.axes.leave(functional.linear(x, weight))
+        with not_kept():
+            share = functional.linear(x, weight)
+        y = self.axes.leave(share)
         return y if self.bias is None else y + self.axes.whole(self.bias).to(y.dtype)
 
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from planner.errors import InputError
 from planner.layout import Layout, chunk_sizes
-from reftrain.axes import SINGLE, Axes
+from reftrain.axes import SINGLE, Axes, local
 from reftrain.config import RunConfig
 from reftrain.layers import LayerNorm, Linear, RmsNorm
 from reftrain.model import Transformer, initialize
@@ -226,7 +226,7 @@ def _shard(model: Transformer, config: RunConfig, ranks: Ranks) -> None:
     mesh = ranks.main["replicate", "shard"] if ranks.main["replicate"].size() > 1 else ranks.main["shard"]
     is_mixed = config.compute_dtype != torch.float32
     policy = MixedPrecisionPolicy(config.compute_dtype, torch.float32, cast_forward_inputs=False) if is_mixed else MixedPrecisionPolicy()
-    keep = partial(fully_shard, mp_policy=policy, reshard_after_forward=layout.zero_stage == 3)
+    keep = partial(fully_shard, mp_policy=policy, reshard_after_forward=layout.zero_stage == 3, shard_placement_fn=partial(_expert_dim, layout))
     for block in model.blocks.values():
         if ranks.expert is not None and isinstance(block.mlp, Mixture):
             experts = (
@@ -243,6 +243,16 @@ def _shard(model: Transformer, config: RunConfig, ranks: Ranks) -> None:
             if end is not None:
                 keep(end, mesh=mesh)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def _expert_dim(layout: Layout, parameter: nn.Parameter) -> Shard | None:
+    """Which dim of stacked experts FSDP splits: whole experts if there are enough of them for every rank, else each by its rows or columns."""
+    if parameter.ndim != 3:
+        return None
+    degree = expert_shards(layout) if layout.ep > 1 else layout.dp_shard * layout.cp
+    is_split = {p.dim for p in parameter.placements if isinstance(p, Shard)} if isinstance(parameter, DTensor) else set()
+    sizes = local(parameter).shape
+    return next((Shard(dim) for dim in (0, 2, 1) if sizes[dim] % degree == 0 and (dim == 0 or dim not in is_split)), None)
 
 
 def sum_tied(parts: list[nn.Module], ranks: Ranks) -> None:

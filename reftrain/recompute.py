@@ -21,10 +21,10 @@ KEPT = {
     aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default,
     aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.all_gather_into_tensor.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default, torch.ops._c10d_functional.wait_tensor.default,
+    torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }  # fmt: skip
-"""Outputs that selective recompute keeps: what is slow to make again. Norms, activations and products with gates are not."""
+"""Outputs that selective recompute keeps: what is slow to make again. Norms, activations and products with gates are not, and what
+was gathered is gathered again, being as many times larger as there are ranks."""
 
 
 _is_kept = True
@@ -32,7 +32,7 @@ _is_kept = True
 
 @contextmanager
 def not_kept() -> Iterator[None]:
-    """Around a block's last matmul, whose output nothing in the block's backward pass needs: recomputation stops before it."""
+    """Around a matmul whose output nothing in the backward pass needs: a block's last one, or a share of a sum that is kept."""
     global _is_kept
     before, _is_kept = _is_kept, False
     try:

@@ -44,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "bert": {"model_type": "bert", **SIZES, "type_vocab_size": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "neox": {"model_type": "gpt_neox", **SIZES},
     "mixtral": {"model_type": "mixtral", **SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "three_experts": {"model_type": "mixtral", **SIZES, "num_local_experts": 3, "num_experts_per_tok": 2},
     "qwen_moe": {"model_type": "qwen2_moe", **SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
                  "shared_expert_intermediate_size": 32},
     "latent": {"model_type": "deepseek_v2", **SIZES, **LATENT, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,

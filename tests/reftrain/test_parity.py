@@ -71,7 +71,9 @@ def test_two_processes_train_as_one() -> None:
 
 
 def test_four_processes_train_as_one() -> None:
-    check([*cases(("llama",), [{**ZERO_3, **TP_SP}], 3), *cases(("latent",), [{**ZERO_2, "pp": 2, "ep": 2}], 3)])
+    """With fewer experts than ranks FSDP parts each expert."""
+    dense, latent = cases(("llama",), [{**ZERO_3, **TP_SP}], 3), cases(("latent",), [{**ZERO_2, "pp": 2, "ep": 2}], 3)
+    check([*dense, *latent, *cases(("three_experts",), [{"dp_shard": 4, "zero_stage": 3}, {**ZERO_3, **TP}], 3)])
 
 
 @pytest.mark.slow
@@ -181,6 +183,7 @@ def test_a_checkpoint_of_one_process_goes_on_in_other_layouts(tmp_path: Path) ->
         ("mixtral", PIPELINES[0], EXPERTS),
         ("llama", {**ZERO_3, **TP_SP}, TWO),
         ("qwen_moe", {}, EXPERTS_4),
+        ("three_experts", {}, [ZERO_3, ZERO_1, TP]),
         ("bert", TP, [PIPELINES[1], ZERO_3]),
     ],
 )
