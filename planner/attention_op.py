@@ -38,6 +38,8 @@ class Attention:
     num_bias_params: int = 0
     """Relative position tables that live here (T5)."""
     saves_qkv: bool = True
+    has_normed_keys: bool = False
+    """Queries and keys come from norms of their own, not from matmuls."""
     kind: str = field(default="attention", init=False)
     is_expert: bool = field(default=False, init=False)
 
@@ -61,13 +63,17 @@ class Attention:
         q, k, v, out = (
             shard.tokens * w for w in (heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.v_head_dim, heads * self.v_head_dim)
         )
-        held = (k + v) * (shard.cp if numerics.gathers_keys else 1)
-        saved: dict[Producer, Array] = {"matmul": (q + held) * b} if self.saves_qkv else {}
+        width = shard.cp if numerics.gathers_keys else 1
+        saved: dict[Producer, Array] = {}
+        if self.saves_qkv:
+            # Selective recompute norms queries and keys again, and gathers again what was gathered.
+            normed = q + k if self.has_normed_keys else 0.0 * q
+            saved = {"matmul": (q + k + v - normed) * b, "norm": (normed + (k + v) * (width - 1)) * b}
         saved["attention"] = out * b
         if is_flash:
             saved["attention"] = saved["attention"] + 4.0 * shard.tokens * heads
             forward_bytes, backward_bytes = b * (q + k + v + out), b * (2 * (q + k + v) + 2 * out)
-            workspace = b * (q + k + v) * 1.0  # dq, dk, dv before they are projected back
+            workspace = 0.0 * out
         else:
             matrix = all_pairs * b
             saved["scores"] = matrix * (2 if self.has_dropout else 1) + (all_pairs if self.has_dropout else 0)
@@ -90,9 +96,18 @@ class Attention:
             backward_bytes=backward_bytes,
             saved=saved,
             workspace_bytes=workspace,
+            mask_bytes=self._mask_bytes(shard, numerics),
+            grad_output_bytes=out * b,
+            grad_input_bytes=b * (q + (k + v) * width),
             num_kernels=1 if is_flash else 5,
             transfers=self._exchange(shard, numerics, k + v),
         )
+
+    def _mask_bytes(self, shard: Shard, numerics: Numerics) -> Array:
+        """S/cp rows of S, in compute format."""
+        is_windowed = 0 < self.window < shard.seq_len
+        is_needed = is_windowed | ((np.asarray(shard.cp) > 1) & self.is_causal)
+        return np.where(is_needed & numerics.writes_masks, shard.seq_len / shard.cp * shard.seq_len * numerics.compute_bytes, 0.0)
 
     def _exchange(self, shard: Shard, numerics: Numerics, kv_elements: Array) -> tuple[Transfer, ...]:
         """Context parallelism passes keys and values around the ring, and backward them and their gradients; or gathers and scatters them."""

@@ -7,17 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from planner.backward import cast_bytes, kept_bytes, walk
 from planner.graph import Part, StepGraph, over_stages, part_runs
 from planner.hardware import Cluster
-from planner.op_cost import OpCost
-from planner.optimizers import get_optimizer
 from planner.schedules import SCHEDULES
 from planner.stack import StackSpec
+from planner.states import part_states, wraps_weights
 
-__all__ = [
-    "INSTANTS", "GatheredRates", "MemoryBreakdown", "StateFormat", "cast_bytes", "estimate_memory", "gathered_params", "gathered_rates", "kept_bytes",
-    "makes_gradients_late", "part_states", "state_format", "trained_params", "transient_bytes", "workspace_bytes", "wraps_weights", "zero_degrees",
-]  # fmt: skip
+__all__ = ["INSTANTS", "MemoryBreakdown", "estimate_memory", "memory_terms"]
 
 Array = Any
 
@@ -54,6 +51,8 @@ class MemoryBreakdown:
         "weights", "gradients", "optimizer", "activations", "logits", "cast_weights", "recompute_workspace", "gathered_weights",
         "temporaries", "communication_buffers", "context", "allocator_slack",
     )  # fmt: skip
+    CHANGING = ("gradients", "activations", "logits", "cast_weights", "recompute_workspace", "gathered_weights", "temporaries")
+    """Those of which a step has more at some instants than at others."""
 
     @property
     def total_bytes(self) -> Array:
@@ -71,57 +70,313 @@ class MemoryBreakdown:
         return np.argmax(self.total_bytes, axis=-1)
 
 
-INSTANTS = ("loss", "blocks", "reduce", "update")
-"""When a stage may hold most: at the loss and its gradient; in the backward pass of the first block that comes to it; when FSDP sends off
-the largest block's gradients; and after the last block, where gradients that were not there before have taken the place of activations."""
+INSTANTS = {
+    "loss": "at the loss, which makes its own gradient",
+    "head": "when the head's gradients leave for other ranks",
+    "blocks": "in the first block that the backward pass comes to",
+    "next blocks": "in that block of the next microbatch, when there are gradients",
+    "reduce": "when the largest block's gradients leave for other ranks",
+    "last block": "in the last block that the backward pass comes to",
+    "embedding": "at the embedding's gradient",
+    "update": "after the last backward pass",
+}
+"""When a stage may hold most."""
+
+Terms = dict[str, dict[str, Array]]
+"""Part of the breakdown -> what -> bytes [..., pp]."""
 
 
 def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> MemoryBreakdown:
     """Peak memory of every stage.
 
-    Formula: the largest of what is alive at each of `INSTANTS`, + runtime + allocator slack. Always: states (weights, gradients,
-    optimizer, each divided by its ZeRO group). Until the backward pass frees it: what the forward pass keeps, times microbatches in
-    flight. At the loss: what the head works with; in the blocks: what one block works with, gathers and recomputes.
+    Formula: states (weights, optimizer) and buffers, + the largest of what is alive at each of `INSTANTS`, + runtime + allocator slack.
     Left out: fragmentation beyond the slack fraction, load imbalance of experts, pinned host memory.
-    Source: arXiv:1910.02054 (ZeRO), 2205.05198 (activations), 2104.04473 (in flight).
+    Source: arXiv:1910.02054 (ZeRO), 2205.05198 (activations), 2104.04473 (in flight), 2304.11277 (FSDP).
     """
-    layout, schedule = graph.layout, SCHEDULES[graph.layout.schedule]
-    weights, gradients, optimizer = (schedule.resident(state) for state in _states(graph, stack))
-    in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
-    activations, logits, casts, head_casts = (schedule.resident(kept) / schedule.parameter_copies for kept in _kept(graph, stack))
-    others = np.maximum(in_flight - 1, 0)
-    is_single = makes_gradients_late(graph, stack)
-    head = _stage_axis(sum(part_states(graph, stack, graph.parts[-1], is_expert)[1] for is_expert in (False, True))) * _has_head(graph)
-    at_loss, in_blocks, at_reduce = _gathered(graph, stack)
-    in_backward = {
-        "gradients": np.where(is_single, head, gradients), "activations": activations * in_flight, "logits": logits * others,
-        "cast_weights": casts * in_flight + head_casts * others,
-    }  # fmt: skip
-    instants = [
-        {
-            "gradients": gradients * ~is_single, "activations": activations * in_flight, "logits": logits * in_flight,
-            "cast_weights": (casts + head_casts) * in_flight, "gathered_weights": at_loss,
-            "temporaries": _temporaries(graph, is_head=True),
-        },
-        {
-            **in_backward, "recompute_workspace": _recompute_workspace(graph, stack),
-            "gathered_weights": in_blocks, "temporaries": _temporaries(graph, is_head=False),
-        },
-        {**in_backward, "gathered_weights": at_reduce},
-        {"gradients": gradients},
-    ]  # fmt: skip
-    totals = [sum(parts.values()) for parts in instants]
-    shape = np.broadcast_shapes(np.shape(weights), *(np.shape(total) for total in totals))
-    totals = [np.broadcast_to(total, shape) for total in totals]
-    totals[0] = np.where(_has_head(graph), totals[0], 0.0)
-    instant = np.argmax(np.stack(totals), axis=0)
-    names = ("gradients", "activations", "logits", "cast_weights", "recompute_workspace", "gathered_weights", "temporaries")
-    found = {name: np.choose(instant, [np.broadcast_to(parts.get(name, 0.0), shape) for parts in instants]) for name in names}
-    buffers = _buffers(graph, stack)
-    lasting = {"weights": weights, "optimizer": optimizer, "communication_buffers": buffers}
-    parts = {**found, **{name: np.broadcast_to(value, shape) for name, value in lasting.items()}}
+    lasting, found = memory_terms(graph, stack)
+    names = MemoryBreakdown.CHANGING
+    sums = [{name: sum(terms.get(name, {}).values(), np.zeros(1)) for name in names} for terms in found.values()]
+    totals = [sum(parts.values()) for parts in sums]
+    shape = np.broadcast_shapes(*(np.shape(total) for total in totals), *(np.shape(value) for value in lasting.values()))
+    instant = np.argmax(np.stack([np.broadcast_to(total, shape) for total in totals]), axis=0)
+    parts = {name: np.choose(instant, [np.broadcast_to(each[name], shape) for each in sums]) for name in names}
+    parts |= {name: np.broadcast_to(value, shape) for name, value in lasting.items()}
     slack = sum(parts.values()) * stack.allocator_slack_fraction
     return MemoryBreakdown(**parts, context=np.full(shape, stack.context), allocator_slack=slack, instant=instant)
+
+
+def memory_terms(graph: StepGraph, stack: StackSpec) -> tuple[dict[str, Array], dict[str, Terms]]:
+    """(bytes that are always there, by part; what is there besides, by instant)."""
+    held = _Held(graph, stack)
+    found = {
+        "loss": held.at_loss(), "head": held.at_head(), "blocks": held.in_blocks(), "next blocks": held.in_next_blocks(),
+        "reduce": held.at_reduce(), "last block": held.in_last_block(), "embedding": held.at_embedding(), "update": {"gradients": {"of the stage": held.gradients}},
+    }  # fmt: skip
+    for terms in found.values():
+        terms.setdefault("activations", {})["masks of attention"] = held.masks
+    return {"weights": held.weights, "optimizer": held.optimizer, "communication_buffers": _buffers(graph, stack)}, found
+
+
+class _Held:
+    """What a stage holds at each instant; every number has shape [..., pp].
+
+    Until the backward pass frees it: what the forward pass keeps, times microbatches in flight. At the loss: what the head works with;
+    in the blocks: what one block works with, gathers and recomputes.
+    """
+
+    def __init__(self, graph: StepGraph, stack: StackSpec) -> None:
+        layout, schedule = graph.layout, SCHEDULES[graph.layout.schedule]
+        self.graph, self.stack = graph, stack
+        self.weights, self.gradients, self.optimizer = (schedule.resident(state) for state in _states(graph, stack))
+        self.in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
+        kept = _kept(graph, stack)
+        self.activations, self.logits, self.casts, self.head_casts = (schedule.resident(each) / schedule.parameter_copies for each in kept)
+        self.sharding = Sharding.of(graph, stack)
+        self.ends = [_End(graph, stack, index, self.sharding) for index in (0, -1)]
+        self.block = _worst_block(graph, stack, self.sharding)
+        count = np.asarray(graph.num_microbatches, float)[..., None]
+        has_buckets = (np.asarray(layout.dp) > 1) & (np.asarray(layout.zero_stage) == 0) & ~wraps_weights(graph)
+        # every microbatch is on its way before the first of them comes back
+        self.is_late = (self.in_flight >= count) & ~has_buckets[..., None] & stack.frees_gradients
+        self.has_next = count > 1
+        stage_params = over_stages([gathered_params(part, graph) for part in graph.parts], part_runs(graph))
+        self.gathered = stage_params * self.sharding.kept
+        self.summed = stage_params * self.sharding.summed
+        self.shards = np.where(self.summed > 0, 0.0, self.gradients)
+        self.masks = _masks(graph)
+
+    def at_loss(self) -> Terms:
+        """The head's chunk of logits with their gradients, and everything that the forward pass kept."""
+        head = self.ends[1]
+        others = {
+            "gradients": {"of earlier microbatches": self.shards * ~self.is_late},
+            "activations": {"kept by the forward pass": self.activations * self.in_flight},
+            "logits": {"of the loss": self.logits * self.in_flight, "of one chunk": head.workspace},
+            "cast_weights": {"of matmuls": (self.casts + self.head_casts) * self.in_flight},
+            "gathered_weights": {
+                "of the stage": self.gathered, "sums of gradients": self.summed * ~self.is_late, "of the head": head.params * self.sharding.gathered,
+                "gradients of the microbatch before, that leave": self.ends[0].params * self.sharding.leaving * self.sharding.leaves_before * ~self.is_late,
+            },
+        }  # fmt: skip
+        return _only(head.is_there, others)
+
+    def at_head(self) -> Terms:
+        """FSDP copies the head's gradients into the buffer that leaves."""
+        head = self.ends[1]
+        moving = self.sharding.gathered + self.sharding.unreduced + self.sharding.leaving
+        terms = {
+            **self._in_backward(self.in_flight, self.is_late),
+            "activations": {"kept by the forward pass": self.activations * self.in_flight - head.kept},
+            "gathered_weights": {**self._whole(self.is_late), "of the head, and its gradients that leave": head.params * moving},
+        }
+        return _only(head.is_there & (self.sharding.leaving > 0) & ~np.asarray(self.graph.model.tie_word_embeddings), terms)
+
+    def _in_backward(self, in_flight: Array, is_late: Array) -> Terms:
+        """Beside activations."""
+        others = np.maximum(in_flight - 1, 0)
+        head = self.ends[1]
+        return {
+            "gradients": {"of earlier microbatches": np.where(is_late, head.gradients, self.shards)},
+            "logits": {"of other microbatches": self.logits * others},
+            "cast_weights": {"of matmuls": self.casts * in_flight + self.head_casts * others},
+        }
+
+    def _whole(self, is_late: Array) -> dict[str, Array]:
+        return {"of the stage": self.gathered, "sums of gradients": self.summed * ~is_late}
+
+    def _block(self, in_flight: Array, is_late: Array, ends_kept: Array, before: Array) -> Terms:
+        """One block of one of the microbatches in flight goes backwards; `before`: parameters of the part that went before it."""
+        found = self._in_backward(in_flight, is_late)
+        again = np.maximum(self.block.saved - self.block.kept, 0.0)
+        freed = np.maximum(self.block.kept - self.block.saved, 0.0)
+        late = self.block.made * self.sharding.made_late * is_late
+        found["gradients"]["of this block"] = late
+        found["activations"] = {"kept by the forward pass": self.activations * in_flight - ends_kept - freed}
+        found["cast_weights"]["of this block"] = self.block.casts - self.block.kept_casts
+        found["recompute_workspace"] = {"of this block": again}
+        found["temporaries"] = {"of one op": self.block.temporaries, "gradient of the tied table, from the head": self._tied()}
+        found["gathered_weights"] = {
+            **self._whole(is_late), "of two blocks": 2 * self.block.params * self.sharding.gathered,
+            "gradients that leave": before * self.sharding.leaving, "gradients of this block": self.block.made * self.sharding.unreduced,
+        }  # fmt: skip
+        return found
+
+    def _tied(self) -> Array:
+        """The head's share of a tied table's gradient waits for the embedding's."""
+        if not self.graph.model.tie_word_embeddings or self.graph.layout.pp > 1:
+            return 0.0 * self.ends[0].params
+        return self.ends[0].table * self.sharding.table_gradient
+
+    def in_blocks(self) -> Terms:
+        """The head, if there is one, is done."""
+        head = self.ends[1]
+        is_apart = head.is_there & ~np.asarray(self.graph.model.tie_word_embeddings)
+        before = np.where(is_apart, head.params, self.block.params * ~head.is_there)
+        return self._block(self.in_flight, self.is_late, head.kept, before)
+
+    def in_next_blocks(self) -> Terms:
+        """One microbatch is done, and gradients are there."""
+        return _only(self.has_next & self.is_late, self._block(self.in_flight - 1, np.zeros_like(self.is_late), 0.0, self.block.params))
+
+    def in_last_block(self) -> Terms:
+        """All other blocks are done, and their gradients there."""
+        found = self._block(np.ones_like(self.in_flight), self.is_late, 0.0, self.block.params)
+        found["activations"] = {"kept by the first layers": self.ends[0].kept + np.minimum(self.block.kept, self.block.saved)}
+        found["gradients"]["of earlier microbatches"] = np.maximum(self.gradients - self.ends[0].gradients - self.block.gradients, 0.0)
+        return _only(self.is_late & (self.in_flight <= 1), found)
+
+    def at_reduce(self) -> Terms:
+        """FSDP copies a block's gradients into the buffer that leaves."""
+        found = self._in_backward(self.in_flight, self.is_late)
+        done = self.activations * self.in_flight - self.ends[1].kept - self.block.kept
+        moving = 2 * self.sharding.gathered + self.sharding.unreduced + self.sharding.leaving
+        found["activations"] = {"kept by the forward pass": done}
+        found["gathered_weights"] = {**self._whole(self.is_late), "of two blocks, and gradients that leave": self.block.params * moving}
+        found["temporaries"] = {"gradient of the residual stream": self.block.stream, "gradient of the tied table, from the head": self._tied()}
+        return _only(self.sharding.leaving > 0, found)
+
+    def at_embedding(self) -> Terms:
+        """The table's gradient is made whole, and then added."""
+        first = self.ends[0]
+        others = np.maximum(self.in_flight - 1, 0)
+        terms = {
+            **self._in_backward(others, self.is_late),
+            "gradients": {"of the stage": np.where(self.is_late, self.gradients - first.gradients, self.shards)},
+            "activations": {"kept by the forward pass": self.activations * others},
+            "temporaries": {"gradient of the table": first.table * self.sharding.table_gradient, "gradient of the tied table, from the head": self._tied(),
+                            "gradient of the residual stream": self.block.stream * self.sharding.stream_casts},
+            "gathered_weights": {
+                **self._whole(self.is_late & ~self.has_next), "gradients of a block, that leave": self.block.params * self.sharding.leaving,
+            },
+        }  # fmt: skip
+        return _only(first.is_there, terms)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Bytes per parameter that FSDP, or the lack of it, holds beyond shards; [..., 1] each. Source: arXiv:2304.11277; FSDP2 under dry run."""
+
+    gathered: Array
+    """ZeRO-3: a part in use."""
+    kept: Array
+    """Without ZeRO-3, in-place stacks: all weights of the stage in compute format, through the step."""
+    unreduced: Array
+    """A gradient in compute format, before it leaves."""
+    leaving: Array
+    """A gradient in the buffer in which it leaves, until the next part's does."""
+    leaves_before: Array
+    """Whether the last part's buffer of one microbatch is still there in the next."""
+    summed: Array
+    """Whole gradients, summed over microbatches before they leave."""
+    made_late: Array
+    """A gradient of weights that nobody shares."""
+    table_gradient: Array
+    """Of the embedding, as it is made."""
+    stream_casts: Array
+    """Gradients of the residual stream, in fp32 too, while the embedding's is made; in streams of compute format."""
+
+    @staticmethod
+    def of(graph: StepGraph, stack: StackSpec) -> Sharding:
+        """The rates of a stack under the layout's ZeRO stage."""
+        precision, zero = graph.precision, np.asarray(graph.layout.zero_stage)
+        compute, in_place = precision.compute_bytes, stack.weight_storage == "fp32_in_place"
+        is_sharded, is_wrapped = np.asarray(graph.fsdp_degree) > 1, wraps_weights(graph)
+        waits = stack.pipeline_waits and graph.layout.pp > 1
+        drops = is_sharded & (zero == 3) & (not waits)
+        sends = (is_wrapped & in_place) | drops
+        many = np.asarray(graph.num_microbatches) > 1
+        is_summed = sends & many & ((zero < 2) | waits)
+        is_mixed = precision.needs_master_weights
+        made = np.where(is_wrapped, compute, 4.0) if in_place else compute
+        rates = (
+            np.where(drops, compute + precision.quantized_weight_bytes, 0.0),
+            np.where(is_wrapped & ~drops & in_place & (is_sharded | is_mixed), compute, 0.0),
+            np.where(sends, compute, 0.0),
+            np.where(sends, stack.reduce_bytes, 0.0),
+            sends & many & (zero >= 2) & (not waits),
+            np.where(is_summed, 4.0, 0.0),
+            np.where(~is_wrapped & in_place, 4.0, 0.0),
+            made,
+            np.where(~is_wrapped & in_place, 1.0 + 4.0 / compute * is_mixed, 1.0),
+        )
+        return Sharding(*(np.asarray(rate)[..., None] for rate in rates))
+
+
+class _End:
+    """The embedding or the head, on the stage that has it; [..., pp]."""
+
+    def __init__(self, graph: StepGraph, stack: StackSpec, index: int, sharding: Sharding) -> None:
+        part = graph.parts[index]
+        self.is_there = part.counts > 0
+        self.params = _stage_axis(gathered_params(part, graph)) * self.is_there
+        self.table = _stage_axis(part.total("embedding_params")) * self.is_there
+        self.kept = _stage_axis(kept_bytes(part, graph, stack)[0]) * self.is_there
+        self.workspace = (
+            _stage_axis(np.max(np.stack(np.broadcast_arrays(*(np.asarray(c.workspace_bytes, float) for c in part.costs))), axis=0)) * self.is_there
+        )
+        self.gradients = _stage_axis(sum(part_states(graph, stack, part, is_expert)[1] for is_expert in (False, True))) * self.is_there
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The block of a stage whose backward pass needs most; [..., pp]."""
+
+    saved: Array
+    casts: Array
+    made: Array
+    temporaries: Array
+    kept: Array
+    kept_casts: Array
+    params: Array
+    gradients: Array
+    stream: Array
+
+
+def _masks(graph: StepGraph) -> Array:
+    """One for each window of the stage's layers."""
+    by_window: dict[int, Array] = {}
+    for part in graph.parts[1:-1]:
+        for cost in part.costs:
+            if cost.op.kind == "attention":
+                window = getattr(cost.op, "window", 0)
+                by_window[window] = np.maximum(by_window.get(window, 0.0), _stage_axis(cost.mask_bytes) * (part.counts > 0))
+    return sum(by_window.values(), np.zeros(graph.layout.pp))
+
+
+def _worst_block(graph: StepGraph, stack: StackSpec, sharding: Sharding) -> _Block:
+    blocks = graph.parts[1:-1]
+    rate = (sharding.unreduced + sharding.made_late)[..., 0]
+    is_kept = graph.workload.recompute == "none"
+    stream = graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes
+    columns, totals = [], []
+    for part in blocks:
+        found = walk(part, graph, stack, rate)
+        casts = sum(cast_bytes(cost, graph, stack) for cost in part.costs) if is_kept else 0.0
+        gradients = sum(part_states(graph, stack, part, is_expert)[1] for is_expert in (False, True))
+        columns.append((found.saved, found.casts, found.gradients, found.temporaries, kept_bytes(part, graph, stack)[0], casts,
+                        gathered_params(part, graph), gradients, stream))  # fmt: skip
+        totals.append(found.total)
+    present = np.stack([part.counts for part in blocks]) > 0
+    kinds, stages = np.unique(present, axis=1, return_inverse=True)
+    stacked = np.stack(np.broadcast_arrays(*(np.asarray(total, float) for total in totals)), axis=-1)
+    chosen = np.argmax(np.where(kinds.T, stacked[..., None, :], -1.0), axis=-1)
+
+    def at_stages(values: list[Array]) -> Array:
+        every = np.stack(np.broadcast_arrays(*(np.asarray(value, float) for value in values), stacked[..., 0])[:-1], axis=-1)
+        picked = np.take_along_axis(every[..., None, :], chosen[..., None], axis=-1)[..., 0] * kinds.any(axis=0)
+        return picked[..., stages.ravel()]
+
+    return _Block(*(at_stages(list(column)) for column in zip(*columns, strict=True)))
+
+
+def _only(where: Array, terms: Terms) -> Terms:
+    """Nothing where the instant does not come."""
+    return {part: {name: np.where(where, value, 0.0) for name, value in found.items()} for part, found in terms.items()}
+
+
+def gathered_params(part: Part, graph: StepGraph) -> Array:
+    """Parameters of one part in full; a parted tied head has its copy."""
+    return part.total("params") + (part.total("tied_params") if graph.layout.pp > 1 else 0.0)
 
 
 def _buffers(graph: StepGraph, stack: StackSpec) -> Array:
@@ -133,76 +388,9 @@ def _buffers(graph: StepGraph, stack: StackSpec) -> Array:
     return _stage_axis(np.where(num_ranks > 1, stack.collective_buffers, 0.0) + (sent if is_kept else 0.0))
 
 
-def _has_head(graph: StepGraph) -> Array:
-    """Which stages hold the head, [pp]."""
-    return graph.parts[-1].counts > 0
-
-
 def _stage_axis(value: Array) -> Array:
     """Adds the stage axis to a number or an array [n]."""
     return np.asarray(value, float)[..., None]
-
-
-def trained_params(part: Part, is_expert: bool, is_split_from_embedding: bool) -> tuple[Array, Array]:
-    """(matrix, other) parameters that receive gradients on this device, before ZeRO; a parted tied head has its copy."""
-    matrix = part.param_total("matrix_params", is_expert=is_expert)
-    other = part.param_total("embedding_params", is_expert=is_expert) + part.param_total("vector_params", is_expert=is_expert)
-    if is_split_from_embedding:
-        other = other + part.param_total("tied_params", is_expert=is_expert)
-    return matrix, other
-
-
-@dataclass(frozen=True)
-class StateFormat:
-    """Bytes per trained parameter of what lasts from step to step, before ZeRO divides it; numbers or arrays [n]."""
-
-    stored: float
-    """The weight itself."""
-    quantized_copy: Array
-    """Low-precision copies of a matrix."""
-    gradient: float
-    master: float
-    """A separate fp32 weight, with the optimizer."""
-
-
-def state_format(graph: StepGraph, stack: StackSpec) -> StateFormat:
-    """Formats of weights, gradients and master copies under a stack and a precision."""
-    precision, zero = graph.precision, np.asarray(graph.layout.zero_stage)
-    is_mixed = precision.needs_master_weights
-    in_place = stack.weight_storage == "fp32_in_place"
-    return StateFormat(
-        stored=4.0 if in_place or not is_mixed else precision.compute_bytes,
-        quantized_copy=precision.quantized_weight_bytes * np.where(zero >= 3, 0.0, 1.0),
-        gradient=4.0 if not is_mixed or in_place else stack.gradient_bytes,
-        master=4.0 if is_mixed and not in_place else 0.0,
-    )
-
-
-def zero_degrees(graph: StepGraph, stack: StackSpec, is_expert: bool) -> tuple[Array, Array, Array]:
-    """Ranks over which ZeRO divides (weights, gradients, optimizer states).
-
-    An in-place stack has one fp32 weight, which is sharded with its optimizer states: ZeRO-1 and 2 gather it in compute format for the
-    length of a step (arXiv:2304.11277 section 3.3, SHARD_GRAD_OP).
-    """
-    zero, degree = np.asarray(graph.layout.zero_stage), graph.expert_fsdp_degree if is_expert else graph.fsdp_degree
-    first = 1 if stack.weight_storage == "fp32_in_place" else 3
-    by_weights, by_gradients, by_states = (np.where(zero >= stage, degree, 1) for stage in (first, 2, 1))
-    return by_weights, by_gradients, by_states
-
-
-def part_states(graph: StepGraph, stack: StackSpec, part: Part, is_expert: bool) -> tuple[Array, Array, Array]:
-    """(weights, gradients, optimizer states) of one run of a part's expert ops, or of its others, on one device."""
-    precision, kept, optimizer = graph.precision, state_format(graph, stack), get_optimizer(graph.workload.optimizer)
-    by_weights, by_gradients, by_states = zero_degrees(graph, stack, is_expert)
-    matrix, other = trained_params(part, is_expert, graph.layout.pp > 1)
-    frozen = part.param_total("frozen_params", is_expert=is_expert)
-    factored = part.param_total("factored_elements", is_expert=is_expert)
-    trained = matrix + other
-    weight_bytes = (trained * kept.stored + frozen * precision.compute_bytes) / by_weights
-    weight_bytes = weight_bytes + matrix * kept.quantized_copy
-    state_bytes = trained * kept.master + other * optimizer.other_state_bytes
-    state_bytes = state_bytes + (4.0 * factored if optimizer.is_factored else matrix * optimizer.matrix_state_bytes)
-    return weight_bytes, trained * kept.gradient / by_gradients, state_bytes / by_states
 
 
 def _states(graph: StepGraph, stack: StackSpec) -> list[Array]:
@@ -210,51 +398,6 @@ def _states(graph: StepGraph, stack: StackSpec) -> list[Array]:
     per_run = [part_states(graph, stack, part, is_expert) for part in graph.parts for is_expert in (False, True)]
     runs = np.repeat(part_runs(graph), 2, axis=0)
     return [over_stages(state, runs) for state in zip(*per_run, strict=True)]
-
-
-def kept_bytes(part: Part, graph: StepGraph, stack: StackSpec) -> tuple[Array, Array]:
-    """(activations, logits) that one run of the part keeps for its backward pass, under the recompute policy."""
-    logits: Array = 0.0
-    total: Array = 0.0
-    dropped = stack.selective_recompute if graph.workload.recompute == "selective" else []
-    for cost in part.costs:
-        for producer, num_bytes in cost.saved.items():
-            if producer == "logits":
-                logits = logits + num_bytes
-            elif producer not in dropped:
-                total = total + num_bytes
-    if part.is_block and graph.workload.recompute == "full":
-        total = graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes
-    return total, logits
-
-
-def cast_bytes(cost: OpCost, graph: StepGraph, stack: StackSpec) -> Array:
-    """Bytes of a matmul's weight in compute format, made anew in each microbatch by in-place stacks; FSDP gathers it so instead."""
-    precision = graph.precision
-    if stack.weight_storage != "fp32_in_place" or not precision.needs_master_weights or cost.gemm is None:
-        return 0.0
-    weight = cost.matrix_params + cost.embedding_params + cost.tied_params
-    return weight * precision.compute_bytes * ~wraps_weights(graph, is_expert=cost.op.is_expert)
-
-
-def wraps_weights(graph: StepGraph, *, is_expert: bool = False) -> Array:
-    """Whether FSDP holds the weights: wherever several ranks share data, but for plain data parallelism of whole models (DDP)."""
-    layout = graph.layout
-    zero, degree = np.asarray(layout.zero_stage), np.asarray(graph.expert_fsdp_degree if is_expert else graph.fsdp_degree)
-    is_plain = np.asarray(layout.tp * layout.cp * layout.pp * layout.ep * layout.dp_shard) == 1
-    return np.where(zero > 0, degree > 1, (np.asarray(layout.dp * layout.cp) > 1) & ~is_plain)
-
-
-def makes_gradients_late(graph: StepGraph, stack: StackSpec) -> Array:
-    """Whether the backward pass finds no gradients, [..., 1]: a stack that frees them after each step, with one microbatch a step.
-
-    Plain data parallelism keeps its buckets, and pipelines have more microbatches.
-    """
-    layout = graph.layout
-    if not stack.frees_gradients or layout.pp > 1:
-        return np.zeros((1,), bool)
-    has_buckets = (np.asarray(layout.dp) > 1) & (np.asarray(layout.zero_stage) == 0)
-    return np.asarray((np.asarray(graph.num_microbatches) == 1) & ~has_buckets)[..., None]
 
 
 def _kept(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array, Array, Array]:
@@ -267,95 +410,3 @@ def _kept(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array, Array, Arra
     runs = part_runs(graph)
     activations, logits = ([values[i] for values in kept] for i in (0, 1))
     return over_stages(activations, runs), over_stages(logits, runs), over_stages(of_blocks, runs), over_stages(of_head, runs)
-
-
-def workspace_bytes(part: Part, graph: StepGraph, stack: StackSpec) -> Array:
-    """What a block holds while it is recomputed, beyond what it kept: everything that full recompute dropped, and its weights' casts."""
-    if not part.is_block or graph.workload.recompute == "none":
-        return 0.0
-    casts = sum(cast_bytes(cost, graph, stack) for cost in part.costs)
-    return casts + (part.total("saved_bytes") if graph.workload.recompute == "full" else 0.0)
-
-
-def _recompute_workspace(graph: StepGraph, stack: StackSpec) -> Array:
-    """Of the largest block."""
-    return _largest(graph, lambda part: workspace_bytes(part, graph, stack))
-
-
-def _largest(graph: StepGraph, quantity: Any, *, is_head: bool = False) -> Array:
-    """Largest value of `quantity(part)` over the parts present on each stage, [..., pp]; of the head alone, or without it."""
-    parts = graph.parts[-1:] if is_head else graph.parts[:-1]
-    present = np.stack([part.counts for part in parts]) > 0
-    kinds, stages = np.unique(present, axis=1, return_inverse=True)
-    values = np.stack(np.broadcast_arrays(*(np.asarray(quantity(part), float) for part in parts)), axis=-1)
-    largest = np.stack([np.max(values * kinds[:, i], axis=-1) for i in range(kinds.shape[1])], axis=-1)
-    return largest[..., stages.ravel()]
-
-
-@dataclass(frozen=True)
-class GatheredRates:
-    """Bytes per parameter that FSDP holds beyond its shards; numbers or arrays [n]."""
-
-    kept: Array
-    """Without ZeRO-3, in-place stacks: all weights of the stage in compute format, through the step."""
-    block: Array
-    """ZeRO-3 in the backward pass: two parts in compute format (one in use, one that arrives) and the last part's gradients, that leave."""
-    reduce: Array
-    """ZeRO-3 between two blocks: the same, and this part's gradients in compute format, from which those that leave were copied."""
-    head: Array
-    """ZeRO-3 at the loss: the head, gathered and as it arrived."""
-    leaving: Array
-    """ZeRO-2 and 3 at the loss: gradients of the part that went last in the microbatch before, on their way."""
-
-
-def gathered_rates(graph: StepGraph, stack: StackSpec) -> GatheredRates:
-    """See `GatheredRates`. Source: arXiv:2304.11277 section 3.3; FSDP2 under `reftrain dry-run`."""
-    precision, zero = graph.precision, np.asarray(graph.layout.zero_stage)
-    in_place, is_sharded = stack.weight_storage == "fp32_in_place", np.asarray(graph.fsdp_degree) > 1
-    compute = precision.compute_bytes
-    block = 2 * (compute + precision.quantized_weight_bytes) + stack.reduce_bytes
-    is_leaving = is_sharded & (zero >= 2) & (np.asarray(graph.num_microbatches) > 1) & in_place
-    return GatheredRates(
-        kept=np.where(wraps_weights(graph) & (zero < 3) & in_place & (is_sharded | precision.needs_master_weights), compute, 0.0),
-        block=np.where(is_sharded & (zero == 3), block, 0.0),
-        reduce=np.where(is_sharded & (zero == 3), block + compute, 0.0),
-        head=np.where(is_sharded & (zero == 3), 2.0 * compute, 0.0),
-        leaving=np.where(is_leaving, stack.reduce_bytes, 0.0),
-    )
-
-
-def gathered_params(part: Part, graph: StepGraph) -> Array:
-    """Parameters of one part in full; a parted tied head has its copy."""
-    return part.total("params") + (part.total("tied_params") if graph.layout.pp > 1 else 0.0)
-
-
-def _gathered(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array, Array]:
-    """FSDP's bytes (at the loss, in the blocks, between them), [..., pp]."""
-    rates = gathered_rates(graph, stack)
-    kept = over_stages([gathered_params(part, graph) * rates.kept for part in graph.parts], part_runs(graph))
-    first, head = (
-        _stage_axis(gathered_params(part, graph) * rate) * (part.counts > 0)
-        for part, rate in ((graph.parts[0], rates.leaving), (graph.parts[-1], rates.head))
-    )
-    largest = _largest(graph, lambda part: gathered_params(part, graph))
-    return kept + first + head, kept + largest * _stage_axis(rates.block), kept + largest * _stage_axis(rates.reduce)
-
-
-def transient_bytes(cost: OpCost, graph: StepGraph) -> Array:
-    """One op's workspace plus the gradients of its input and output; those of the head are counted with the loss."""
-    if cost.gemm is None or cost.op.name == "head":
-        return cost.workspace_bytes
-    m, n, k = cost.gemm
-    return cost.workspace_bytes + m * cost.num_gemms * (n + k) * graph.numerics.compute_bytes
-
-
-def _temporaries(graph: StepGraph, *, is_head: bool) -> Array:
-    """What the op that needs most holds while it runs."""
-
-    def worst(part: Part) -> Array:
-        found: Array = 0.0
-        for cost in part.costs:
-            found = np.maximum(found, transient_bytes(cost, graph))
-        return found
-
-    return _largest(graph, worst, is_head=is_head)

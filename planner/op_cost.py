@@ -69,6 +69,8 @@ class Numerics:
     fused_norm: bool = True
     saves_gathered_input: bool = False
     """Keep the all-gathered input of sequence parallelism, instead of gathering it again in the backward pass."""
+    writes_masks: bool = False
+    """Attention is told by a tensor which keys a query sees, wherever a plain causal kernel would not know: windows, gathered keys."""
     gathers_keys: bool = False
     """Context parallelism gathers keys and values of the whole sequence (arXiv:2407.21783, 3.3.2), instead of passing them around a ring."""
     lora_rank: int = 0
@@ -121,6 +123,12 @@ class OpCost:
     """Bytes kept for the backward pass, by what made them."""
     workspace_bytes: Array = 0.0
     """Alive only while the op runs."""
+    mask_bytes: Array = 0.0
+    """What all layers with the same mask hold once."""
+    grad_output_bytes: Array = 0.0
+    """Gradient that its backward pass takes."""
+    grad_input_bytes: Array = 0.0
+    """Gradient that it makes of it; 0 where it hands on what it took."""
     gemm: tuple[Array, Array, Array] | None = None
     """(m, n, k) of the forward matmul."""
     num_gemms: Array = 1

@@ -60,6 +60,8 @@ class Linear:
     category: Literal["matrix", "embedding"] = "matrix"
     is_chunked: bool = False
     """Runs in eight chunks of its rows where the loss is chunked (the head)."""
+    shares_input: bool = False
+    """With an op before it: their gradients are added up."""
     kind: str = field(default="matmul", init=False)
     is_expert: bool = field(default=False, init=False)
 
@@ -108,6 +110,8 @@ class Linear:
             backward_bytes=b * (rows * outer + weight + rows * inner) + b * (rows * inner + rows * outer + weight),
             saved=saved,
             workspace_bytes=workspace,
+            grad_output_bytes=rows * outer * b,
+            grad_input_bytes=rows * inner * b,
             gemm=(rows / num_chunks, outer, inner),
             num_gemms=num_chunks,
         )
@@ -129,6 +133,7 @@ class GroupedLinear:
     bias: bool = False
     split: Literal["column", "row"] = "column"
     saves_input: Producer | None = "dispatch"
+    shares_input: bool = False
     kind: str = field(default="grouped_matmul", init=False)
     is_expert: bool = field(default=True, init=False)
 
@@ -167,6 +172,8 @@ class GroupedLinear:
             forward_bytes=b * (rows * inner + weight + rows * outer),
             backward_bytes=b * (2 * rows * outer + 2 * weight + 2 * rows * inner),
             saved=saved,
+            grad_output_bytes=rows * outer * b,
+            grad_input_bytes=rows * inner * b,
             gemm=(rows / num_local, outer, inner),
             num_gemms=num_local,
         )
@@ -243,6 +250,8 @@ class Norm:
             forward_bytes=2.0 * moved,
             backward_bytes=3.0 * moved,
             saved=saved,
+            grad_output_bytes=elements * numerics.compute_bytes,
+            grad_input_bytes=elements * numerics.compute_bytes,
             num_kernels=1 if is_fused else 5,
         )
 
@@ -266,6 +275,8 @@ class Elementwise:
     num_between: float = 0.0
     """Features per token between the two kernels that this is where the stack does not fuse activations (silu of the gate)."""
     tokens_scale: float = 1.0
+    is_residual: bool = False
+    """x + f(x): its gradient goes on to both as it is."""
     kind: str = field(default="memory", init=False)
     is_expert: bool = False
 
@@ -295,6 +306,8 @@ class Elementwise:
             forward_bytes=b * rows * (self.reads + self.writes + 2 * between),
             backward_bytes=b * rows * (self.writes + 2 * self.reads + 3 * between),
             saved=saved,
+            grad_output_bytes=0.0 if self.is_residual else b * rows * self.writes,
+            grad_input_bytes=0.0 if self.is_residual else b * rows * self.reads,
             num_kernels=2 if between else 1,
         )
 
@@ -365,9 +378,8 @@ class Collective:
         b = numerics.compute_bytes
         if self.pattern == "exchange":
             moved = np.where(np.asarray(shard.ep) > 1, shard.local_tokens * self.copies_per_token * self.width * b * numerics.expert_imbalance, 0.0)
-            return OpCost(
-                self, transfers=(Transfer("all_to_all", "ep", "forward", moved), Transfer("all_to_all", "ep", "backward", moved)), num_kernels=0
-            )
+            there_and_back = (Transfer("all_to_all", "ep", "forward", moved), Transfer("all_to_all", "ep", "backward", moved))
+            return OpCost(self, transfers=there_and_back, grad_output_bytes=moved, grad_input_bytes=moved, num_kernels=0)
         full = shard.tokens * self.width * b * (np.asarray(shard.tp) > 1)
         split: Array = full * np.asarray(shard.sequence_parallel)
         whole = full - split
@@ -385,4 +397,6 @@ class Collective:
                 Transfer("all_reduce", "tp", "forward", whole),
                 Transfer("all_gather", "tp", "backward", split),
             )
-        return OpCost(self, transfers=transfers, num_kernels=0)
+        slice_bytes = split / np.maximum(shard.tp, 1)
+        taken, made = (full, whole + slice_bytes) if self.pattern == "enter" else (slice_bytes, split)
+        return OpCost(self, transfers=transfers, grad_output_bytes=taken, grad_input_bytes=made, num_kernels=0)

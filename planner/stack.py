@@ -66,6 +66,10 @@ class StackSpec(Spec):
     """Gradients are made anew each step (`zero_grad(set_to_none=True)`), not kept in buffers."""
     pipeline_keeps_outputs: bool = False
     """Pipeline stages hold their outputs of all microbatches until the step ends (torch.distributed.pipelining)."""
+    pipeline_waits: bool = False
+    """Pipelines keep weights gathered and gradients whole until the step's last microbatch, whatever the ZeRO stage."""
+    attention_masks: bool = False
+    """Attention takes a tensor that says which keys each query sees, where plain causal or full attention does not."""
     context_parallel: Literal["ring", "gather"] = "ring"
     """Keys and values go around a ring, or every rank gathers those of the whole sequence and keeps them."""
     attention_kernel: Literal["flash", "unfused"]

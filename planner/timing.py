@@ -11,11 +11,11 @@ from planner.collectives import Group, collective_s, make_group
 from planner.efficiency import Efficiency
 from planner.graph import Part, StepGraph, over_stages, part_runs
 from planner.hardware import Cluster
-from planner.memory import trained_params
 from planner.op_cost import OpCost, Transfer
 from planner.optimizers import get_optimizer
 from planner.schedules import SCHEDULES
 from planner.stack import StackSpec
+from planner.states import trained_params
 
 __all__ = [
     "AxisGroups", "GroupTransfer", "PartTimes", "TimeBreakdown", "data_parallel_s", "data_parallel_transfers",

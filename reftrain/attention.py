@@ -13,6 +13,9 @@ from reftrain.config import ModelDetails
 from reftrain.kernels import rotate
 from reftrain.layers import Linear, make_norm
 
+ROWS = 128
+"""Of a mask, made at once."""
+
 __all__ = ["Attention", "LatentAttention", "Positions", "cp_positions"]
 
 
@@ -65,12 +68,16 @@ class Positions(nn.Module):
         if not is_windowed and (self.axes.cp_mesh is None or not is_causal):
             return None
         if window not in self._masks:
-            distance = self.positions.unsqueeze(1) - self.key_positions.unsqueeze(0)
-            seen = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
-            if is_windowed:
-                seen = seen & (distance < window) & (distance > -window)
-            self._masks[window] = torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, -torch.inf)
+            self._masks[window] = self._make_mask(window if is_windowed else self.seq_len, is_causal)
         return self._masks[window]
+
+    def _make_mask(self, window: int, is_causal: bool) -> Tensor:
+        """Row by row of a few: distances are eight bytes where the mask has two."""
+        mask = torch.zeros(len(self.positions), len(self.key_positions), dtype=self.dtype, device=self.positions.device)
+        for rows, mine in zip(mask.split(ROWS), self.positions.split(ROWS), strict=True):
+            distance = mine.unsqueeze(1) - self.key_positions
+            rows.masked_fill_((distance >= window) | (distance < (0 if is_causal else 1 - window)), -torch.inf)
+        return mask
 
 
 class _Core(nn.Module):

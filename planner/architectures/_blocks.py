@@ -55,7 +55,7 @@ def dropout(spec: ModelSpec, name: str) -> Ops:
 def residual(spec: ModelSpec, name: str) -> Ops:
     """x + f(x), which keeps nothing."""
     h = spec.hidden_size
-    return (Elementwise(name=name, reads=2 * h, writes=h),)
+    return (Elementwise(name=name, reads=2 * h, writes=h, is_residual=True),)
 
 
 def attention(
@@ -74,8 +74,8 @@ def attention(
     is_rms = spec.norm == "rmsnorm"
     ops: Ops = (
         Linear(name=f"{prefix}.q", in_features=h, out_features=heads * d, bias=spec.qkv_bias, saves_input=normed if input_kept else None),
-        Linear(name=f"{prefix}.k", in_features=h, out_features=kv_heads * d, bias=spec.qkv_bias, saves_input=None, min_out=d),
-        Linear(name=f"{prefix}.v", in_features=h, out_features=kv_heads * d, bias=spec.qkv_bias, saves_input=None, min_out=d),
+        Linear(name=f"{prefix}.k", in_features=h, out_features=kv_heads * d, bias=spec.qkv_bias, saves_input=None, min_out=d, shares_input=True),
+        Linear(name=f"{prefix}.v", in_features=h, out_features=kv_heads * d, bias=spec.qkv_bias, saves_input=None, min_out=d, shares_input=True),
     )
     if spec.qk_norm == "head":
         ops += (
@@ -93,7 +93,7 @@ def attention(
     core = Attention(
         name=f"{prefix}.core", num_heads=heads, num_kv_heads=kv_heads, head_dim=d, v_head_dim=d,
         is_causal=spec.is_causal if is_causal is None else is_causal, window=window, has_dropout=spec.attention_dropout > 0,
-        num_sinks=heads if spec.has_attention_sinks else 0, num_bias_params=num_bias_params,
+        num_sinks=heads if spec.has_attention_sinks else 0, num_bias_params=num_bias_params, has_normed_keys=spec.qk_norm != "none",
     )  # fmt: skip
     return (
         *ops,
@@ -123,6 +123,7 @@ def mla_attention(spec: ModelSpec, mla: Mla) -> Ops:
             bias=spec.qkv_bias,
             split="none",
             saves_input=None,
+            shares_input=True,
         ),
         Norm(name="attention.kv_norm", width=mla.kv_lora_rank, saves_input="matmul"),
         Linear(
@@ -142,7 +143,7 @@ def feed_forward(spec: ModelSpec, *, width: int | None = None, prefix: str = "ml
     kept: Producer | None = "norm" if input_kept else None
     up: Ops = (Linear(name=f"{prefix}.up", in_features=h, out_features=f, bias=spec.mlp_bias, saves_input=kept),)
     if spec.is_gated:
-        up += (Linear(name=f"{prefix}.gate", in_features=h, out_features=f, bias=spec.mlp_bias, saves_input=None),)
+        up += (Linear(name=f"{prefix}.gate", in_features=h, out_features=f, bias=spec.mlp_bias, saves_input=None, shares_input=True),)
     branches = 2 if spec.is_gated else 1
     act = Elementwise(
         name=f"{prefix}.activation", reads=branches * f, writes=f, region="tp", saves=(("matmul", branches * f),), num_between=f * (branches - 1)
@@ -157,6 +158,7 @@ def mixture(spec: ModelSpec, moe: Moe) -> Ops:
     def experts(name: str, inner: int, outer: int, split: Literal["column", "row"], saves: Producer | None) -> GroupedLinear:
         return GroupedLinear(
             name=f"experts.{name}", in_features=inner, out_features=outer, split=split, saves_input=saves, bias=moe.expert_bias,
+            shares_input=name == "gate",
             num_experts=moe.num_experts, num_experts_per_token=k,
         )  # fmt: skip
 

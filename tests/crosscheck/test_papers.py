@@ -10,7 +10,7 @@ from planner.architectures import load_model
 from planner.estimate import estimate
 from planner.graph import StepGraph, build_step_graph, count_params, model_flops_per_token
 from planner.layout import Layout
-from planner.memory import kept_bytes
+from planner.backward import kept_bytes
 from planner.op_cost import Numerics
 from planner.plan import build_request
 from planner.resolve import resolve
