@@ -51,6 +51,8 @@ class Part:
     counts: np.ndarray
     """[pp]"""
     is_block: bool
+    later: np.ndarray | None = None
+    """Blocks of each kind that come after its last run on each stage, [kinds, pp]; of blocks alone."""
 
     def total(self, quantity: str) -> Array:
         """Sum of one field of `OpCost` over the ops."""
@@ -142,6 +144,19 @@ def stage_counts(layers: tuple[int, ...], num_kinds: int, pp: int, num_chunks: i
     return counts
 
 
+@lru_cache(maxsize=4096)
+def _later_counts(layers: tuple[int, ...], num_kinds: int, pp: int, num_chunks: int) -> np.ndarray:
+    """How many blocks of each kind come after the last block of a kind on a stage: [num_kinds (last), num_kinds, pp]."""
+    counts = np.zeros((num_kinds, num_kinds, pp))
+    first = 0
+    for chunk, size in enumerate(chunk_sizes(len(layers), num_chunks)):
+        for kind in layers[first : first + size]:
+            counts[:, kind, chunk % pp] += 1
+            counts[kind, :, chunk % pp] = 0
+        first += size
+    return counts
+
+
 def _costs(ops: tuple[Op, ...], shard: Shard, numerics: Numerics) -> tuple[OpCost, ...]:
     return tuple(op.cost(shard, numerics) for op in ops)
 
@@ -169,7 +184,8 @@ def build_step_graph(
     counts = stage_counts(listed.layers, len(listed.blocks), pp, num_chunks)
     first, last = np.zeros(pp), np.zeros(pp)
     first[0] = last[-1] = 1
-    blocks = tuple(Part(name, _costs(ops, shard, numerics), counts[kind], True) for kind, (name, ops) in enumerate(listed.blocks))
+    later = _later_counts(listed.layers, len(listed.blocks), pp, num_chunks)
+    blocks = tuple(Part(name, _costs(ops, shard, numerics), counts[kind], True, later[kind]) for kind, (name, ops) in enumerate(listed.blocks))
     parts = (
         Part("embedding", _costs(listed.embedding, shard, numerics), first, False),
         *blocks,

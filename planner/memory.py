@@ -70,6 +70,8 @@ class MemoryBreakdown:
         return np.argmax(self.total_bytes, axis=-1)
 
 
+INDEX_BYTES = 8
+"""Of a token."""
 INSTANTS = {
     "loss": "at the loss, which makes its own gradient",
     "head": "when the head's gradients leave for other ranks",
@@ -112,9 +114,12 @@ def memory_terms(graph: StepGraph, stack: StackSpec) -> tuple[dict[str, Array], 
         "loss": held.at_loss(), "head": held.at_head(), "blocks": held.in_blocks(), "next blocks": held.in_next_blocks(),
         "reduce": held.at_reduce(), "last block": held.in_last_block(), "embedding": held.at_embedding(), "update": {"gradients": {"of the stage": held.gradients}},
     }  # fmt: skip
-    for terms in found.values():
-        terms.setdefault("activations", {})["masks of attention"] = held.masks
-    return {"weights": held.weights, "optimizer": held.optimizer, "communication_buffers": _buffers(graph, stack)}, found
+    for name, terms in found.items():
+        if name != "update":
+            for part, more in held.throughout.items():
+                terms[part] = terms.get(part, {}) | more
+    buffers = held.messages.buffers + _stage_axis(np.where(np.asarray(graph.layout.num_devices) > 1, stack.collective_buffers, 0.0))
+    return {"weights": held.weights, "optimizer": held.optimizer, "communication_buffers": buffers}, found
 
 
 class _Held:
@@ -136,26 +141,40 @@ class _Held:
         self.block = _worst_block(graph, stack, self.sharding)
         count = np.asarray(graph.num_microbatches, float)[..., None]
         has_buckets = (np.asarray(layout.dp) > 1) & (np.asarray(layout.zero_stage) == 0) & ~wraps_weights(graph)
-        # every microbatch is on its way before the first of them comes back
-        self.is_late = (self.in_flight >= count) & ~has_buckets[..., None] & stack.frees_gradients
+        # share of the gradients that are there when as much is in flight as ever: none where all of the step is
+        is_anew = ~has_buckets[..., None] & stack.frees_gradients
+        self.there = np.where(is_anew, np.clip(count - self.in_flight, 0.0, 1.0), 1.0)
+        self.is_late = self.there < 1
+        self.most_with_all = np.minimum(self.in_flight, np.maximum(count - 1, 0.0))
         self.has_next = count > 1
         stage_params = over_stages([gathered_params(part, graph) for part in graph.parts], part_runs(graph))
         self.gathered = stage_params * self.sharding.kept
         self.summed = stage_params * self.sharding.summed
         self.shards = np.where(self.summed > 0, 0.0, self.gradients)
-        self.masks = _masks(graph)
+        self.messages = _Messages(graph, stack, self.in_flight)
+        # what all instants have: masks, tokens and targets, outputs that wait for their gradients, the gradients that weights wait for
+        waiting = schedule.waiting(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
+        is_tied = graph.model.tie_word_embeddings and layout.pp == 1
+        self.tied = self.ends[0].table * is_tied
+        self.throughout: Terms = {
+            "activations": {
+                "masks of attention": _masks(graph), "tokens and targets": _stage_axis(2 * INDEX_BYTES * graph.num_microbatches * graph.shard.tokens),
+                "outputs of the stage": self.messages.outputs, "inputs that lie in buffers": -self.messages.inputs,
+            },
+            "temporaries": {"gradients that weights wait for": waiting * over_stages([_output_gradients(part) for part in graph.parts], part_runs(graph))},
+        }  # fmt: skip
 
     def at_loss(self) -> Terms:
         """The head's chunk of logits with their gradients, and everything that the forward pass kept."""
         head = self.ends[1]
         others = {
-            "gradients": {"of earlier microbatches": self.shards * ~self.is_late},
+            "gradients": {"of earlier microbatches": self.shards * self.there},
             "activations": {"kept by the forward pass": self.activations * self.in_flight},
             "logits": {"of the loss": self.logits * self.in_flight, "of one chunk": head.workspace},
             "cast_weights": {"of matmuls": (self.casts + self.head_casts) * self.in_flight},
             "gathered_weights": {
-                "of the stage": self.gathered, "sums of gradients": self.summed * ~self.is_late, "of the head": head.params * self.sharding.gathered,
-                "gradients of the microbatch before, that leave": self.ends[0].params * self.sharding.leaving * self.sharding.leaves_before * ~self.is_late,
+                **self._whole(self.there), "of the head, and as it arrived": head.params * (self.sharding.gathered + self.sharding.arrived),
+                "gradients of the microbatch before, that leave": self.ends[0].params * self.sharding.leaving * self.sharding.leaves_before * self.there,
             },
         }  # fmt: skip
         return _only(head.is_there, others)
@@ -165,88 +184,96 @@ class _Held:
         head = self.ends[1]
         moving = self.sharding.gathered + self.sharding.unreduced + self.sharding.leaving
         terms = {
-            **self._in_backward(self.in_flight, self.is_late),
+            **self._in_backward(self.in_flight, self.there),
             "activations": {"kept by the forward pass": self.activations * self.in_flight - head.kept},
-            "gathered_weights": {**self._whole(self.is_late), "of the head, and its gradients that leave": head.params * moving},
+            "gathered_weights": {**self._whole(self.there), "of the head, and its gradients that leave": head.params * moving},
         }
         return _only(head.is_there & (self.sharding.leaving > 0) & ~np.asarray(self.graph.model.tie_word_embeddings), terms)
 
-    def _in_backward(self, in_flight: Array, is_late: Array) -> Terms:
+    def _in_backward(self, in_flight: Array, there: Array) -> Terms:
         """Beside activations."""
         others = np.maximum(in_flight - 1, 0)
         head = self.ends[1]
         return {
-            "gradients": {"of earlier microbatches": np.where(is_late, head.gradients, self.shards)},
+            "gradients": {"of earlier microbatches": self.shards * there + head.gradients * (1 - there) * (self.summed == 0)},
             "logits": {"of other microbatches": self.logits * others},
             "cast_weights": {"of matmuls": self.casts * in_flight + self.head_casts * others},
         }
 
-    def _whole(self, is_late: Array) -> dict[str, Array]:
-        return {"of the stage": self.gathered, "sums of gradients": self.summed * ~is_late}
+    def _whole(self, there: Array) -> dict[str, Array]:
+        return {
+            "of the stage": self.gathered, "of the tied table": self.tied * self.sharding.gathered, "sums of gradients": self.summed * there,
+        }  # fmt: skip
 
-    def _block(self, in_flight: Array, is_late: Array, ends_kept: Array, before: Array) -> Terms:
+    def _block(self, in_flight: Array, there: Array, ends_kept: Array, before: Array) -> Terms:
         """One block of one of the microbatches in flight goes backwards; `before`: parameters of the part that went before it."""
-        found = self._in_backward(in_flight, is_late)
+        found = self._in_backward(in_flight, there)
         again = np.maximum(self.block.saved - self.block.kept, 0.0)
         freed = np.maximum(self.block.kept - self.block.saved, 0.0)
-        late = self.block.made * self.sharding.made_late * is_late
+        late = self.block.made * self.sharding.made_late * (1 - there)
         found["gradients"]["of this block"] = late
-        found["activations"] = {"kept by the forward pass": self.activations * in_flight - ends_kept - freed}
+        found["activations"] = {"kept by the forward pass": self.activations * in_flight - ends_kept - freed - self.block.later}
         found["cast_weights"]["of this block"] = self.block.casts - self.block.kept_casts
         found["recompute_workspace"] = {"of this block": again}
-        found["temporaries"] = {"of one op": self.block.temporaries, "gradient of the tied table, from the head": self._tied()}
+        found["temporaries"] = {
+            "of one op": self.block.temporaries - self.messages.arriving,
+            "gradient of the tied table, from the head": self._tied(),
+        }
         found["gathered_weights"] = {
-            **self._whole(is_late), "of two blocks": 2 * self.block.params * self.sharding.gathered,
+            **self._whole(there), "of two blocks": 2 * self.block.params * self.sharding.gathered,
             "gradients that leave": before * self.sharding.leaving, "gradients of this block": self.block.made * self.sharding.unreduced,
         }  # fmt: skip
         return found
 
     def _tied(self) -> Array:
         """The head's share of a tied table's gradient waits for the embedding's."""
-        if not self.graph.model.tie_word_embeddings or self.graph.layout.pp > 1:
-            return 0.0 * self.ends[0].params
-        return self.ends[0].table * self.sharding.table_gradient
+        return self.tied * self.sharding.table_gradient
 
     def in_blocks(self) -> Terms:
         """The head, if there is one, is done."""
         head = self.ends[1]
         is_apart = head.is_there & ~np.asarray(self.graph.model.tie_word_embeddings)
         before = np.where(is_apart, head.params, self.block.params * ~head.is_there)
-        return self._block(self.in_flight, self.is_late, head.kept, before)
+        return self._block(self.in_flight, self.there, head.kept, before)
 
     def in_next_blocks(self) -> Terms:
         """One microbatch is done, and gradients are there."""
-        return _only(self.has_next & self.is_late, self._block(self.in_flight - 1, np.zeros_like(self.is_late), 0.0, self.block.params))
+        return _only(self.has_next & self.is_late, self._block(self.most_with_all, np.ones_like(self.there), 0.0, self.block.params))
 
     def in_last_block(self) -> Terms:
         """All other blocks are done, and their gradients there."""
-        found = self._block(np.ones_like(self.in_flight), self.is_late, 0.0, self.block.params)
+        found = self._block(np.ones_like(self.in_flight), 0.0 * self.there, 0.0, self.block.params)
         found["activations"] = {"kept by the first layers": self.ends[0].kept + np.minimum(self.block.kept, self.block.saved)}
         found["gradients"]["of earlier microbatches"] = np.maximum(self.gradients - self.ends[0].gradients - self.block.gradients, 0.0)
-        return _only(self.is_late & (self.in_flight <= 1), found)
+        found["cast_weights"] = {"of this block": self.block.casts}
+        found["gathered_weights"]["of the stage"] = (self.ends[0].params + self.block.params) * self.sharding.kept
+        return _only((self.there == 0) & (self.in_flight <= 1), found)
 
     def at_reduce(self) -> Terms:
         """FSDP copies a block's gradients into the buffer that leaves."""
-        found = self._in_backward(self.in_flight, self.is_late)
-        done = self.activations * self.in_flight - self.ends[1].kept - self.block.kept
+        found = self._in_backward(self.in_flight, self.there)
+        done = self.activations * self.in_flight - self.ends[1].kept - self.block.kept - self.block.later
         moving = 2 * self.sharding.gathered + self.sharding.unreduced + self.sharding.leaving
         found["activations"] = {"kept by the forward pass": done}
-        found["gathered_weights"] = {**self._whole(self.is_late), "of two blocks, and gradients that leave": self.block.params * moving}
+        found["gathered_weights"] = {**self._whole(self.there), "of two blocks, and gradients that leave": self.block.params * moving}
         found["temporaries"] = {"gradient of the residual stream": self.block.stream, "gradient of the tied table, from the head": self._tied()}
         return _only(self.sharding.leaving > 0, found)
 
     def at_embedding(self) -> Terms:
         """The table's gradient is made whole, and then added."""
-        first = self.ends[0]
-        others = np.maximum(self.in_flight - 1, 0)
+        first, others = self.ends[0], np.maximum(self.in_flight - 1, 0)
+        is_last = ~self.has_next
         terms = {
-            **self._in_backward(others, self.is_late),
-            "gradients": {"of the stage": np.where(self.is_late, self.gradients - first.gradients, self.shards)},
+            **self._in_backward(others, self.there),
+            "gradients": {"of the stage": np.where(is_last & self.is_late, self.gradients - first.gradients, self.shards)},
             "activations": {"kept by the forward pass": self.activations * others},
-            "temporaries": {"gradient of the table": first.table * self.sharding.table_gradient, "gradient of the tied table, from the head": self._tied(),
-                            "gradient of the residual stream": self.block.stream * self.sharding.stream_casts},
+            "temporaries": {
+                "gradient of the table": first.table * self.sharding.table_gradient, "of the tied table, from the head, and their sum": 2 * self._tied(),
+                "gradient of the residual stream": self.block.stream * self.sharding.stream_casts,
+            },
             "gathered_weights": {
-                **self._whole(self.is_late & ~self.has_next), "gradients of a block, that leave": self.block.params * self.sharding.leaving,
+                **self._whole(1.0 - is_last), "of the stage": np.where(is_last, first.params * self.sharding.kept, self.gathered),
+                "gradients of a block, that leave": self.block.params * self.sharding.leaving,
             },
         }  # fmt: skip
         return _only(first.is_there, terms)
@@ -258,6 +285,8 @@ class Sharding:
 
     gathered: Array
     """ZeRO-3: a part in use."""
+    arrived: Array
+    """The buffer in which the part that was gathered last arrived."""
     kept: Array
     """Without ZeRO-3, in-place stacks: all weights of the stage in compute format, through the step."""
     unreduced: Array
@@ -290,7 +319,8 @@ class Sharding:
         made = np.where(is_wrapped, compute, 4.0) if in_place else compute
         rates = (
             np.where(drops, compute + precision.quantized_weight_bytes, 0.0),
-            np.where(is_wrapped & ~drops & in_place & (is_sharded | is_mixed), compute, 0.0),
+            np.where(sends & is_sharded & (drops | ~many), compute, 0.0),
+            np.where(is_wrapped & ~drops & in_place & (is_sharded | is_mixed | (np.asarray(graph.layout.tp) > 1)), compute, 0.0),
             np.where(sends, compute, 0.0),
             np.where(sends, stack.reduce_bytes, 0.0),
             sends & many & (zero >= 2) & (not waits),
@@ -330,6 +360,8 @@ class _Block:
     params: Array
     gradients: Array
     stream: Array
+    later: Array
+    """What the blocks after it had kept, which is freed by then."""
 
 
 def _masks(graph: StepGraph) -> Array:
@@ -348,25 +380,21 @@ def _worst_block(graph: StepGraph, stack: StackSpec, sharding: Sharding) -> _Blo
     rate = (sharding.unreduced + sharding.made_late)[..., 0]
     is_kept = graph.workload.recompute == "none"
     stream = graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes
-    columns, totals = [], []
-    for part in blocks:
-        found = walk(part, graph, stack, rate)
+    kept = [kept_bytes(part, graph, stack)[0] for part in blocks]
+    found: list[_Block] = []
+    totals: list[Array] = []
+    for part, own in zip(blocks, kept, strict=True):
+        worst = walk(part, graph, stack, rate)
         casts = sum(cast_bytes(cost, graph, stack) for cost in part.costs) if is_kept else 0.0
         gradients = sum(part_states(graph, stack, part, is_expert)[1] for is_expert in (False, True))
-        columns.append((found.saved, found.casts, found.gradients, found.temporaries, kept_bytes(part, graph, stack)[0], casts,
-                        gathered_params(part, graph), gradients, stream))  # fmt: skip
-        totals.append(found.total)
-    present = np.stack([part.counts for part in blocks]) > 0
-    kinds, stages = np.unique(present, axis=1, return_inverse=True)
-    stacked = np.stack(np.broadcast_arrays(*(np.asarray(total, float) for total in totals)), axis=-1)
-    chosen = np.argmax(np.where(kinds.T, stacked[..., None, :], -1.0), axis=-1)
-
-    def at_stages(values: list[Array]) -> Array:
-        every = np.stack(np.broadcast_arrays(*(np.asarray(value, float) for value in values), stacked[..., 0])[:-1], axis=-1)
-        picked = np.take_along_axis(every[..., None, :], chosen[..., None], axis=-1)[..., 0] * kinds.any(axis=0)
-        return picked[..., stages.ravel()]
-
-    return _Block(*(at_stages(list(column)) for column in zip(*columns, strict=True)))
+        freed = sum(np.multiply.outer(np.asarray(bytes_, float), later) for bytes_, later in zip(kept, part.later, strict=True))
+        values = (worst.saved, worst.casts, worst.gradients, worst.temporaries, own, casts, gathered_params(part, graph), gradients, stream)
+        found.append(_Block(*(_stage_axis(value) for value in values), freed))
+        totals.append(np.where(part.counts > 0, _stage_axis(worst.total - own) - freed, -np.inf))
+    chosen = np.argmax(np.stack(np.broadcast_arrays(*totals)), axis=0)
+    is_there = sum(part.counts for part in blocks) > 0
+    names = _Block.__dataclass_fields__
+    return _Block(*(is_there * np.choose(chosen, [np.broadcast_to(getattr(each, name), chosen.shape) for each in found]) for name in names))
 
 
 def _only(where: Array, terms: Terms) -> Terms:
@@ -379,13 +407,30 @@ def gathered_params(part: Part, graph: StepGraph) -> Array:
     return part.total("params") + (part.total("tied_params") if graph.layout.pp > 1 else 0.0)
 
 
-def _buffers(graph: StepGraph, stack: StackSpec) -> Array:
-    """The library's own; and where the stack's pipelines keep what they sent until the step ends, that of every microbatch."""
-    layout = graph.layout
-    num_ranks = np.asarray(layout.dp * layout.tp * layout.cp * layout.pp)
-    sent = graph.num_microbatches * graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes
-    is_kept = stack.pipeline_keeps_outputs and layout.pp > 1
-    return _stage_axis(np.where(num_ranks > 1, stack.collective_buffers, 0.0) + (sent if is_kept else 0.0))
+class _Messages:
+    """What a pipeline stage holds of the activations and gradients that it receives and sends, [..., pp]; see `StackSpec`."""
+
+    def __init__(self, graph: StepGraph, stack: StackSpec, in_flight: Array) -> None:
+        layout, count = graph.layout, np.asarray(graph.num_microbatches, float)[..., None]
+        pp, chunks = layout.pp, layout.num_virtual_stages
+        is_kept = stack.pipeline_keeps_outputs and pp > 1
+        message = _stage_axis(graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes) * is_kept
+        sent, received = np.full(pp, float(chunks)), np.full(pp, float(chunks))
+        sent[-1], received[0] = chunks - 1.0, chunks - 1.0
+        waits = layout.schedule in stack.pipeline_waits_for_sends
+        waiting = SCHEDULES[layout.schedule].waiting(pp, chunks, count[..., 0])
+        gradients = received * np.maximum(count - (in_flight - waiting), 0.0) if waits else 0.0
+        self.buffers = message * ((sent + received) * count + gradients)
+        self.outputs = message * sent * (count if waits else in_flight)
+        self.inputs = message * received * in_flight
+        self.arriving = message * np.minimum(sent, 1.0)
+
+
+def _output_gradients(part: Part) -> Array:
+    """Bytes of the gradients from which the part's weights get theirs."""
+    return sum(
+        cost.grad_output_bytes for cost in part.costs if cost.op.name != "head" and np.any(np.asarray(cost.matrix_params + cost.vector_params))
+    )
 
 
 def _stage_axis(value: Array) -> Array:

@@ -65,7 +65,10 @@ class StackSpec(Spec):
     frees_gradients: bool = False
     """Gradients are made anew each step (`zero_grad(set_to_none=True)`), not kept in buffers."""
     pipeline_keeps_outputs: bool = False
-    """Pipeline stages hold their outputs of all microbatches until the step ends (torch.distributed.pipelining)."""
+    """Pipeline stages have a buffer for everything they will receive in a step, and hold their outputs while a microbatch is in flight
+    (torch.distributed.pipelining)."""
+    pipeline_waits_for_sends: list[str] = Field(default_factory=list)
+    """Schedules whose stages hold what they sent, activations and gradients, until the step ends."""
     pipeline_waits: bool = False
     """Pipelines keep weights gathered and gradients whole until the step's last microbatch, whatever the ZeRO stage."""
     attention_masks: bool = False

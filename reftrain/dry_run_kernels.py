@@ -1,4 +1,4 @@
-"""Attention of a GPU, on fake tensors that torch takes for a CPU's.
+"""Attention and dropout of a GPU, on fake tensors that torch takes for a CPU's.
 
 A CPU has no fused attention with dropout, or with values of another width than the keys (latent attention), and writes all scores out;
 a GPU's kernels know both. Where a plan is for a GPU its dry run takes theirs.
@@ -20,7 +20,7 @@ from reftrain.config import RunConfig
 
 __all__ = ["is_for_gpu", "kernels_of_a_gpu"]
 
-on_cpu = functional.scaled_dot_product_attention
+on_cpu, dropout_on_cpu = functional.scaled_dot_product_attention, functional.dropout
 
 
 def is_for_gpu(config: RunConfig) -> bool:
@@ -35,11 +35,16 @@ def is_for_gpu(config: RunConfig) -> bool:
 @contextmanager
 def kernels_of_a_gpu() -> Iterator[None]:
     """Within it attention is fused wherever a GPU's would be."""
-    functional.scaled_dot_product_attention = _attention
+    functional.scaled_dot_product_attention, functional.dropout = _attention, _dropout
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = on_cpu
+        functional.scaled_dot_product_attention, functional.dropout = on_cpu, dropout_on_cpu
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """One kernel that keeps a byte per element; a CPU's keeps a factor of x's format."""
+    return torch.native_dropout(x, p, True)[0] if training and p > 0 and not inplace else dropout_on_cpu(x, p, training, inplace)
 
 
 def _attention(

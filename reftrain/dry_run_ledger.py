@@ -246,9 +246,9 @@ class Ledger(LiveMemory):  # type: ignore[no-untyped-call]
         traffic.calls += 1
         traffic.input_bytes += sum(x.numel() * x.element_size() for x in sent)
         traffic.output_bytes += sum(x.numel() * x.element_size() for x in got)
-        is_sharding = kind in ("all_gather", "reduce_scatter") and not is_functional
+        is_buffer = kind == "receive" or (kind in ("all_gather", "reduce_scatter") and not is_functional)
         for tensor in (*sent, *got):
-            self.mark(tensor, "communication_buffers" if is_sharding else EXCHANGED)
+            self.mark(tensor, "communication_buffers" if is_buffer else EXCHANGED)
 
     def see_gathered(self, tensor: Tensor) -> None:
         """See `LiveMemory`."""

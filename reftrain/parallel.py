@@ -174,7 +174,10 @@ def build_model_parts(config: RunConfig, ranks: Ranks) -> list[nn.Module]:
         if not is_fake:
             part.to_empty(device=ranks.device)
         initialize(part, config.training.seed)
-        part.positions.place(config.seq_len, ranks.device, config.compute_dtype, ranks.axes)
+        if parts:  # masks are large: one for all chunks
+            part.positions = unwrap(parts[0]).positions
+        else:
+            part.positions.place(config.seq_len, ranks.device, config.compute_dtype, ranks.axes)
         parts.append(part.train())
     if ranks.uses_ddp:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None

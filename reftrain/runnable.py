@@ -150,9 +150,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "workload.recompute",
-        lambda f: f.layout.pp > 1 and f.layout.schedule == "zb_h1" and f.workload.recompute == "selective",
-        lambda f: "zb_h1 goes back through each block twice, and torch hands out what selective recompute kept only once",
-        "use none or full, or the schedule 1f1b",
+        lambda f: f.layout.pp > 1 and f.layout.schedule == "zb_h1" and f.workload.recompute != "none",
+        lambda f: (
+            "zb_h1 goes back through each block twice, and torch then makes it again each time and holds it until the weights have their gradients"
+        ),
+        "use none, or the schedule 1f1b",
     ),
     Rule(
         "workload.optimizer",

@@ -89,6 +89,10 @@ class Schedule(ABC):
     def timeline(self, pp: int, num_virtual_stages: int, num_microbatches: int) -> list[list[Action]]:
         """What each stage does, in order: pp lists."""
 
+    def waiting(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+        """Of those in flight, the microbatches whose gradients of the inputs are made and of the weights not, [..., pp]."""
+        return np.zeros(pp)
+
     def position(self, stage: int, chunk: int, pp: int) -> int:
         """Which slice of the model, 0 .. pp * num_virtual_stages / parameter_copies - 1, a chunk of a stage is."""
         return chunk * pp + stage

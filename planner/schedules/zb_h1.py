@@ -36,6 +36,10 @@ class ZeroBubbleH1(Schedule):
         """
         return np.asarray(np.minimum(np.asarray(num_microbatches, dtype=float)[..., None], pp) + np.zeros(pp))
 
+    def waiting(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+        """All in flight but the pp - stage that 1F1B holds before their B."""
+        return np.maximum(self.in_flight(pp, num_virtual_stages, num_microbatches) - (pp - np.arange(pp)), 0.0)
+
     def makespan_s(
         self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, p2p_s: ArrayLike,
         pp: int, num_virtual_stages: int, num_microbatches: ArrayLike,
