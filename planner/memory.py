@@ -70,6 +70,8 @@ class MemoryBreakdown:
         return np.argmax(self.total_bytes, axis=-1)
 
 
+WHOLE_CHUNKS = 3
+"""Chunks of one stage whose weights torch.distributed.pipelining gathers at a time."""
 INDEX_BYTES = 8
 """Of a token."""
 INSTANTS = {
@@ -118,7 +120,9 @@ def memory_terms(graph: StepGraph, stack: StackSpec) -> tuple[dict[str, Array], 
         if name != "update":
             for part, more in held.throughout.items():
                 terms[part] = terms.get(part, {}) | more
-    buffers = held.messages.buffers + _stage_axis(np.where(np.asarray(graph.layout.num_devices) > 1, stack.collective_buffers, 0.0))
+    layout = graph.layout
+    num_ranks = np.asarray(layout.dp * layout.tp * layout.cp * layout.pp)
+    buffers = held.messages.buffers + _stage_axis(np.where(num_ranks > 1, stack.collective_buffers, 0.0))
     return {"weights": held.weights, "optimizer": held.optimizer, "communication_buffers": buffers}, found
 
 
@@ -148,8 +152,12 @@ class _Held:
         self.most_with_all = np.minimum(self.in_flight, np.maximum(count - 1, 0.0))
         self.has_next = count > 1
         stage_params = over_stages([gathered_params(part, graph) for part in graph.parts], part_runs(graph))
-        self.gathered = stage_params * self.sharding.kept
-        self.summed = stage_params * self.sharding.summed
+        waits = stack.pipeline_waits and layout.pp > 1
+        # Chunks of a stage take turns: three are whole at once, or the one that goes backwards; and until as many microbatches as there
+        # are stages have been through, one has gradients.
+        chunks = layout.num_virtual_stages if waits else 1
+        self.gathered = stage_params * self.sharding.kept * min(WHOLE_CHUNKS, chunks) / chunks
+        self.summed = stage_params * self.sharding.summed * np.where(count <= layout.pp, 1 / chunks, 1.0)
         self.shards = np.where(self.summed > 0, 0.0, self.gradients)
         self.messages = _Messages(graph, stack, self.in_flight)
         # what all instants have: masks, tokens and targets, outputs that wait for their gradients, the gradients that weights wait for

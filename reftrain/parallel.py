@@ -221,7 +221,9 @@ def _place(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> None:
 def _shard(model: Transformer, config: RunConfig, ranks: Ranks) -> None:
     """FSDP2 over the data- and context-parallel ranks: each block a unit, then what is left.
 
-    ZeRO-3 drops gathered weights after each block's forward pass; ZeRO-1 and 2 keep them until the step's last backward pass.
+    ZeRO-3 drops gathered weights after each block's forward pass; ZeRO-1 and 2 keep them until the step's last backward pass, and so
+    do pipelines: torch's keep them from the first backward pass on anyway, and its zero-bubble schedule computes wrong gradients with
+    weights that were dropped.
     """
     if ranks.main is None or ranks.uses_ddp or ranks.main["replicate"].size() * ranks.main["shard"].size() * config.layout.ep == 1:
         return
@@ -229,7 +231,7 @@ def _shard(model: Transformer, config: RunConfig, ranks: Ranks) -> None:
     mesh = ranks.main["replicate", "shard"] if ranks.main["replicate"].size() > 1 else ranks.main["shard"]
     is_mixed = config.compute_dtype != torch.float32
     policy = MixedPrecisionPolicy(config.compute_dtype, torch.float32, cast_forward_inputs=False) if is_mixed else MixedPrecisionPolicy()
-    keep = partial(fully_shard, mp_policy=policy, reshard_after_forward=layout.zero_stage == 3, shard_placement_fn=partial(_expert_dim, layout))
+    keep = partial(fully_shard, mp_policy=policy, reshard_after_forward=layout.zero_stage == 3 and layout.pp == 1, shard_placement_fn=partial(_expert_dim, layout))
     for block in model.blocks.values():
         if ranks.expert is not None and isinstance(block.mlp, Mixture):
             experts = (

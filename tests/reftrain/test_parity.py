@@ -73,6 +73,7 @@ def test_two_processes_train_as_one() -> None:
 def test_four_processes_train_as_one() -> None:
     """With fewer experts than ranks FSDP parts each expert."""
     dense, latent = cases(("llama",), [{**ZERO_3, **TP_SP}], 3), cases(("latent",), [{**ZERO_2, "pp": 2, "ep": 2}], 3)
+    dense += cases(("llama",), [{**ZERO_3, "pp": 2, "schedule": "zb_h1"}], 3)
     check([*dense, *latent, *cases(("three_experts",), [{"dp_shard": 4, "zero_stage": 3}, {**ZERO_3, **TP}], 3)])
 
 
