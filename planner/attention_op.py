@@ -38,6 +38,8 @@ class Attention:
     num_bias_params: int = 0
     """Relative position tables that live here (T5)."""
     saves_qkv: bool = True
+    joined_key_dim: int = 0
+    """Of each key, what all heads share and is joined to them (latent attention)."""
     has_normed_keys: bool = False
     """Queries and keys come from norms of their own, not from matmuls."""
     kind: str = field(default="attention", init=False)
@@ -67,7 +69,7 @@ class Attention:
         saved: dict[Producer, Array] = {}
         if self.saves_qkv:
             # Selective recompute norms queries and keys again, and gathers again what was gathered.
-            normed = q + k if self.has_normed_keys else 0.0 * q
+            normed = q + k if self.has_normed_keys else shard.tokens * heads * self.joined_key_dim
             saved = {"matmul": (q + k + v - normed) * b, "norm": (normed + (k + v) * (width - 1)) * b}
         saved["attention"] = out * b
         if is_flash:

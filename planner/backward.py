@@ -51,8 +51,10 @@ def kept_bytes(part: Part, graph: StepGraph, stack: StackSpec) -> tuple[Array, A
     """(activations, logits) that one run of the part keeps for its backward pass, under the recompute policy."""
     logits: Array = 0.0
     total: Array = 0.0
-    dropped = stack.selective_recompute if graph.workload.recompute == "selective" and part.is_block else []
+    is_selective = graph.workload.recompute == "selective" and part.is_block
+    dropped = stack.selective_recompute if is_selective else []
     for cost in part.costs:
+        total = total + cost.output_bytes * (is_selective and stack.selective_keeps_outputs)
         for producer, num_bytes in cost.saved.items():
             if producer == "logits":
                 logits = logits + num_bytes

@@ -136,6 +136,7 @@ class _Held:
     def __init__(self, graph: StepGraph, stack: StackSpec) -> None:
         layout, schedule = graph.layout, SCHEDULES[graph.layout.schedule]
         self.graph, self.stack = graph, stack
+        self.keeps_head = graph.numerics.loss_kernel != "chunked"  # which needs the head's weight no more
         self.weights, self.gradients, self.optimizer = (schedule.resident(state) for state in _states(graph, stack))
         self.in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
         kept = _kept(graph, stack)
@@ -179,7 +180,7 @@ class _Held:
             "gradients": {"of earlier microbatches": self.shards * self.there},
             "activations": {"kept by the forward pass": self.activations * self.in_flight},
             "logits": {"of the loss": self.logits * self.in_flight, "of one chunk": head.workspace},
-            "cast_weights": {"of matmuls": (self.casts + self.head_casts) * self.in_flight},
+            "cast_weights": {"of matmuls": self.casts * self.in_flight + self.head_casts * (self.in_flight if self.keeps_head else 1)},
             "gathered_weights": {
                 **self._whole(self.there), "of the head, and as it arrived": head.params * (self.sharding.gathered + self.sharding.arrived),
                 "gradients of the microbatch before, that leave": self.ends[0].params * self.sharding.leaving * self.sharding.leaves_before * self.there,
@@ -205,7 +206,7 @@ class _Held:
         return {
             "gradients": {"of earlier microbatches": self.shards * there + head.gradients * (1 - there) * (self.summed == 0)},
             "logits": {"of other microbatches": self.logits * others},
-            "cast_weights": {"of matmuls": self.casts * in_flight + self.head_casts * others},
+            "cast_weights": {"of matmuls": self.casts * in_flight + self.head_casts * others * self.keeps_head},
         }
 
     def _whole(self, there: Array) -> dict[str, Array]:

@@ -123,6 +123,8 @@ class OpCost:
     """Bytes kept for the backward pass, by what made them."""
     workspace_bytes: Array = 0.0
     """Alive only while the op runs."""
+    output_bytes: Array = 0.0
+    """Of a matmul whose result is only added to others: kept by a selective recompute that keeps what matmuls made, and by nothing else."""
     mask_bytes: Array = 0.0
     """What all layers with the same mask hold once."""
     grad_output_bytes: Array = 0.0

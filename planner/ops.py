@@ -62,6 +62,8 @@ class Linear:
     """Runs in eight chunks of its rows where the loss is chunked (the head)."""
     shares_input: bool = False
     """With an op before it: their gradients are added up."""
+    is_only_added: bool = False
+    """Nothing but a sum needs its result, and it is not its block's last op."""
     kind: str = field(default="matmul", init=False)
     is_expert: bool = field(default=False, init=False)
 
@@ -110,6 +112,7 @@ class Linear:
             backward_bytes=b * (rows * outer + weight + rows * inner) + b * (rows * inner + rows * outer + weight),
             saved=saved,
             workspace_bytes=workspace,
+            output_bytes=shard.local_tokens * outer * b if self.is_only_added else 0.0,
             grad_output_bytes=rows * outer * b,
             grad_input_bytes=rows * inner * b,
             gemm=(rows / num_chunks, outer, inner),

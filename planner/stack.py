@@ -83,8 +83,10 @@ class StackSpec(Spec):
     """Activation and its product with the gate run inside one kernel that keeps only its inputs."""
     fused_norm: bool
     saves_gathered_input: bool
-    selective_recompute: list[Literal["norm", "activation", "scores", "dropout"]]
+    selective_recompute: list[Literal["norm", "activation", "scores", "dropout", "dispatch"]]
     """Producers whose tensors `recompute: selective` drops."""
+    selective_keeps_outputs: bool = False
+    """`recompute: selective` keeps what matmuls made, needed or not, and not what ops save."""
     recompute_stops_early: bool
     """Recomputing a block ends once every tensor of the backward pass is there again: its last matmul is not repeated."""
     matmul: Coefficient

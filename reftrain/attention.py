@@ -181,4 +181,5 @@ class LatentAttention(nn.Module):
         turned_key = positions.rotate(enter(shared_key).unsqueeze(2)).expand(-1, -1, q.shape[2], -1)
         q = torch.cat([q[..., : self.nope], positions.rotate(q[..., self.nope :])], dim=-1)
         k = torch.cat([key, turned_key], dim=-1)
-        return self.out(self.core(q, k, value, positions))  # type: ignore[no-any-return]
+        # A slice would keep the keys' half alive with it.
+        return self.out(self.core(q, k, value.contiguous(), positions))  # type: ignore[no-any-return]

@@ -95,8 +95,9 @@ class Block(nn.Module):
         self.mlp = Mixture(spec, details, spec.moe) if is_mixture and spec.moe else FeedForward(spec, details)
         self.policy = kernels.recompute
         self.is_parallel, self.is_post_norm, self.dropout = spec.is_parallel_block, spec.family == "bert", spec.hidden_dropout
-        if isinstance(self.mlp, FeedForward):
-            self.mlp.ends_block = not self.is_post_norm
+        last = self.mlp.shared if isinstance(self.mlp, Mixture) and self.mlp.shared_gate is None else self.mlp
+        if isinstance(last, FeedForward):
+            last.ends_block = not self.is_post_norm
 
     def _drop(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -23,6 +25,51 @@ def row_counts(counts: Tensor, num_rows: int) -> list[int]:
     if isinstance(counts, FakeTensor):
         return [len(part) for part in np.array_split(range(num_rows), len(counts))]
     return counts.tolist()
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in the order given, or back from it. Keeps the order alone: torch's own ops keep what they move too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, is_back: bool) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.is_back = is_back
+        return _permuted(x, order, is_back)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _permuted(grads[0], *ctx.saved_tensors, not ctx.is_back), None, None
+
+
+def _permuted(x: Tensor, order: Tensor, is_back: bool) -> Tensor:
+    return torch.empty_like(x).index_copy_(0, order, x) if is_back else x.index_select(0, order)
+
+
+def permute(x: Tensor, order: Tensor, *, is_back: bool = False) -> Tensor:
+    """Shapes: x [T, H], order [T] -> [T, H]: row i is x[order[i]]; `is_back`: row order[i] is x[i]."""
+    return _Permute.apply(x, order, is_back)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, places: Tensor, num_places: int) -> Tensor:
+        ctx.save_for_backward(x, weights, places)
+        return x.new_zeros(num_places, x.shape[1]).index_add_(0, places, x * weights.unsqueeze(-1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weights, places = ctx.saved_tensors
+        grad = grads[0].index_select(0, places)
+        by_weights = torch.linalg.vecdot(grad, x)
+        return grad.mul_(weights.unsqueeze(-1)), by_weights, None, None
+
+
+def weighted_sum(x: Tensor, weights: Tensor, places: Tensor, num_places: int) -> Tensor:
+    """Rows times their weights, added up by place; keeps the rows and not the products.
+
+    Shapes: x [T*k, H], weights and places [T*k] -> [num_places, H].
+    """
+    return _WeightedSum.apply(x, weights, places, num_places)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Router(nn.Module):
@@ -119,9 +166,9 @@ class Mixture(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         source = order // chosen.shape[1]
         counts = torch.bincount(chosen.flatten(), minlength=self.num_experts)
-        rows = tokens[source]
+        rows = tokens.index_select(0, source)
         through = self._exchange(rows, counts) if self.axes.ep_mesh is not None else self.experts(rows, row_counts(counts, len(source)))
-        out = torch.zeros_like(tokens).index_add(0, source, through * weights.flatten()[order].unsqueeze(-1)).view_as(inside)
+        out = weighted_sum(through, weights.flatten()[order], source, len(tokens)).view_as(inside)
         if self.axes.ep_mesh is None:
             out = self.axes.leave(out)
         if self.shared is None:
@@ -142,6 +189,5 @@ class Mixture(nn.Module):
         # They arrive by rank, then expert; experts want them by expert.
         expert = torch.arange(received.shape[1], device=rows.device).repeat(ep).repeat_interleave(received.flatten(), output_size=len(there))
         order = expert.argsort(stable=True)
-        done = self.experts(there[order], row_counts(received.sum(0), len(there)))
-        back = torch.empty_like(done).index_copy(0, order, done)
-        return all_to_all_single_autograd(back, to_send, to_receive, group)
+        done = self.experts(permute(there, order), row_counts(received.sum(0), len(there)))
+        return all_to_all_single_autograd(permute(done, order, is_back=True), to_send, to_receive, group)

@@ -231,7 +231,12 @@ def _shard(model: Transformer, config: RunConfig, ranks: Ranks) -> None:
     mesh = ranks.main["replicate", "shard"] if ranks.main["replicate"].size() > 1 else ranks.main["shard"]
     is_mixed = config.compute_dtype != torch.float32
     policy = MixedPrecisionPolicy(config.compute_dtype, torch.float32, cast_forward_inputs=False) if is_mixed else MixedPrecisionPolicy()
-    keep = partial(fully_shard, mp_policy=policy, reshard_after_forward=layout.zero_stage == 3 and layout.pp == 1, shard_placement_fn=partial(_expert_dim, layout))
+    keep = partial(
+        fully_shard,
+        mp_policy=policy,
+        reshard_after_forward=layout.zero_stage == 3 and layout.pp == 1,
+        shard_placement_fn=partial(_expert_dim, layout),
+    )
     for block in model.blocks.values():
         if ranks.expert is not None and isinstance(block.mlp, Mixture):
             experts = (

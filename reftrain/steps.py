@@ -145,9 +145,9 @@ class Engine:
             self.loss_scale, self.good_steps = max(self.loss_scale / 2, 1.0), 0
 
     def clear(self) -> None:
-        """Drops gradients."""
+        """Drops gradients; DDP's are views of its buckets, and new ones would lie beside these until the last microbatch."""
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not self.ranks.uses_ddp)
 
     def state(self) -> dict[str, Any]:
         """Weights and optimizer states under names that do not depend on the layout."""

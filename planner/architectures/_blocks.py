@@ -59,7 +59,14 @@ def residual(spec: ModelSpec, name: str) -> Ops:
 
 
 def attention(
-    spec: ModelSpec, window: int = 0, *, prefix: str = "attention", is_causal: bool | None = None, input_kept: bool = True, num_bias_params: int = 0
+    spec: ModelSpec,
+    window: int = 0,
+    *,
+    prefix: str = "attention",
+    is_causal: bool | None = None,
+    input_kept: bool = True,
+    num_bias_params: int = 0,
+    is_only_added: bool = False,
 ) -> Ops:
     """Q, K, V projections, QK-norm, rotary embedding, the kernel and the output projection.
 
@@ -67,6 +74,7 @@ def attention(
         window: sliding window in tokens, 0 for none.
         input_kept: whether the Q projection keeps the normed input; False where a parallel branch does.
         num_bias_params: learned relative positions held by this layer.
+        is_only_added: whether its result is added to that of another branch at the block's end.
     """
     h, d = spec.hidden_size, spec.head_dim
     heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
@@ -98,7 +106,15 @@ def attention(
     return (
         *ops,
         core,
-        Linear(name=f"{prefix}.out", in_features=heads * d, out_features=h, bias=spec.attention_out_bias, split="row", saves_input=None),
+        Linear(
+            name=f"{prefix}.out",
+            in_features=heads * d,
+            out_features=h,
+            bias=spec.attention_out_bias,
+            split="row",
+            saves_input=None,
+            is_only_added=is_only_added,
+        ),
     )
 
 
@@ -131,7 +147,13 @@ def mla_attention(spec: ModelSpec, mla: Mla) -> Ops:
         ),
         Elementwise(name="attention.rope", reads=2 * heads * mla.qk_rope_head_dim, writes=2 * heads * qk, region="tp"),
         Attention(
-            name="attention.core", num_heads=heads, num_kv_heads=heads, head_dim=qk, v_head_dim=mla.v_head_dim, has_dropout=spec.attention_dropout > 0
+            name="attention.core",
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=qk,
+            v_head_dim=mla.v_head_dim,
+            has_dropout=spec.attention_dropout > 0,
+            joined_key_dim=mla.qk_rope_head_dim,
         ),
         Linear(name="attention.out", in_features=heads * mla.v_head_dim, out_features=h, bias=spec.attention_out_bias, split="row", saves_input=None),
     )
@@ -183,7 +205,7 @@ def mixture(spec: ModelSpec, moe: Moe) -> Ops:
         ),
         experts("down", f, h, "row", "activation"),
         Collective(name="experts.combine", pattern="exchange", width=h, copies_per_token=k),
-        Elementwise(name="experts.unpermute", reads=k * h, writes=h, saves=(("dispatch", k * h),), is_expert=True),
+        Elementwise(name="experts.unpermute", reads=k * h, writes=h, saves=(("matmul", k * h),), is_expert=True),
     )
     if moe.shared_intermediate_size:
         ops += feed_forward(spec, width=moe.shared_intermediate_size, prefix="shared", input_kept=False)
@@ -215,7 +237,7 @@ def parallel_block(spec: ModelSpec, layer: int) -> Ops:
     shared = spec.num_block_norms == 1
     norms: Ops = (block_norm(spec, "norm"),) if shared else (block_norm(spec, "attention_norm"), block_norm(spec, "mlp_norm", None))
     return (
-        *norms, *enter(spec, "block"), *attention(spec, spec.window_at(layer)), *feed_forward(spec, input_kept=not shared), *leave(spec, "block"),
+        *norms, *enter(spec, "block"), *attention(spec, spec.window_at(layer), is_only_added=True), *feed_forward(spec, input_kept=not shared), *leave(spec, "block"),
         *dropout(spec, "dropout"), *residual(spec, "add"),
     )  # fmt: skip
 
