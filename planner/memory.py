@@ -78,6 +78,7 @@ INSTANTS = {
     "loss": "at the loss, which makes its own gradient",
     "head": "when the head's gradients leave for other ranks",
     "blocks": "in the first block that the backward pass comes to",
+    "second block": "in the block after that",
     "next blocks": "in that block of the next microbatch, when there are gradients",
     "reduce": "when the largest block's gradients leave for other ranks",
     "last block": "in the last block that the backward pass comes to",
@@ -113,7 +114,7 @@ def memory_terms(graph: StepGraph, stack: StackSpec) -> tuple[dict[str, Array], 
     """(bytes that are always there, by part; what is there besides, by instant)."""
     held = _Held(graph, stack)
     found = {
-        "loss": held.at_loss(), "head": held.at_head(), "blocks": held.in_blocks(), "next blocks": held.in_next_blocks(),
+        "loss": held.at_loss(), "head": held.at_head(), "blocks": held.in_blocks(), "second block": held.in_second_block(), "next blocks": held.in_next_blocks(),
         "reduce": held.at_reduce(), "last block": held.in_last_block(), "embedding": held.at_embedding(), "update": {"gradients": {"of the stage": held.gradients}},
     }  # fmt: skip
     for name, terms in found.items():
@@ -164,7 +165,7 @@ class _Held:
         # what all instants have: masks, tokens and targets, outputs that wait for their gradients, the gradients that weights wait for
         waiting = schedule.waiting(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
         is_tied = graph.model.tie_word_embeddings and layout.pp == 1
-        self.tied = self.ends[0].table * is_tied
+        self.tied = self.ends[1].tied * is_tied
         self.throughout: Terms = {
             "activations": {
                 "masks of attention": _masks(graph), "tokens and targets": _stage_axis(2 * INDEX_BYTES * graph.num_microbatches * graph.shard.tokens),
@@ -179,7 +180,7 @@ class _Held:
         others = {
             "gradients": {"of earlier microbatches": self.shards * self.there},
             "activations": {"kept by the forward pass": self.activations * self.in_flight},
-            "logits": {"of the loss": self.logits * self.in_flight, "of one chunk": head.workspace},
+            "logits": {"of the loss": self.logits * self.in_flight, "of one chunk": head.workspace, "hidden states": head.hidden},
             "cast_weights": {"of matmuls": self.casts * self.in_flight + self.head_casts * (self.in_flight if self.keeps_head else 1)},
             "gathered_weights": {
                 **self._whole(self.there), "of the head, and as it arrived": head.params * (self.sharding.gathered + self.sharding.arrived),
@@ -242,8 +243,13 @@ class _Held:
         """The head, if there is one, is done."""
         head = self.ends[1]
         is_apart = head.is_there & ~np.asarray(self.graph.model.tie_word_embeddings)
-        before = np.where(is_apart, head.params, self.block.params * ~head.is_there)
+        tied = self.ends[0].params * self.sharding.leaves_before * self.there
+        before = np.where(is_apart, head.params, np.where(head.is_there, tied, self.block.params))
         return self._block(self.in_flight, self.there, head.kept, before)
+
+    def in_second_block(self) -> Terms:
+        """The block before it leaves, not the head."""
+        return _only(self.block.count > 1, self._block(self.in_flight, self.there, self.ends[1].kept + self.block.kept, self.block.params))
 
     def in_next_blocks(self) -> Terms:
         """One microbatch is done, and gradients are there."""
@@ -348,12 +354,18 @@ class _End:
         part = graph.parts[index]
         self.is_there = part.counts > 0
         self.params = _stage_axis(gathered_params(part, graph)) * self.is_there
-        self.table = _stage_axis(part.total("embedding_params")) * self.is_there
+        self.table = _stage_axis(_most(part, "embedding_params")) * self.is_there
+        self.tied = _stage_axis(part.total("tied_params")) * self.is_there
+        is_chunked = graph.numerics.loss_kernel == "chunked"  # other losses keep the hidden states
+        self.hidden = _stage_axis(sum(cost.grad_input_bytes for cost in part.costs if cost.op.name == "head")) * self.is_there * is_chunked
         self.kept = _stage_axis(kept_bytes(part, graph, stack)[0]) * self.is_there
-        self.workspace = (
-            _stage_axis(np.max(np.stack(np.broadcast_arrays(*(np.asarray(c.workspace_bytes, float) for c in part.costs))), axis=0)) * self.is_there
-        )
+        self.workspace = _stage_axis(_most(part, "workspace_bytes")) * self.is_there
         self.gradients = _stage_axis(sum(part_states(graph, stack, part, is_expert)[1] for is_expert in (False, True))) * self.is_there
+
+
+def _most(part: Part, quantity: str) -> Array:
+    """Of one op."""
+    return np.max(np.stack(np.broadcast_arrays(*(np.asarray(getattr(cost, quantity), float) for cost in part.costs))), axis=0)
 
 
 @dataclass(frozen=True)
@@ -369,6 +381,8 @@ class _Block:
     params: Array
     gradients: Array
     stream: Array
+    count: Array
+    """Blocks of its kind on the stage."""
     later: Array
     """What the blocks after it had kept, which is freed by then."""
 
@@ -398,7 +412,7 @@ def _worst_block(graph: StepGraph, stack: StackSpec, sharding: Sharding) -> _Blo
         gradients = sum(part_states(graph, stack, part, is_expert)[1] for is_expert in (False, True))
         freed = sum(np.multiply.outer(np.asarray(bytes_, float), later) for bytes_, later in zip(kept, part.later, strict=True))
         values = (worst.saved, worst.casts, worst.gradients, worst.temporaries, own, casts, gathered_params(part, graph), gradients, stream)
-        found.append(_Block(*(_stage_axis(value) for value in values), freed))
+        found.append(_Block(*(_stage_axis(value) for value in values), part.counts, freed))
         totals.append(np.where(part.counts > 0, _stage_axis(worst.total - own) - freed, -np.inf))
     chosen = np.argmax(np.stack(np.broadcast_arrays(*totals)), axis=0)
     is_there = sum(part.counts for part in blocks) > 0

@@ -93,7 +93,7 @@ class Linear:
             num_chunks = loss_chunks(rows)
             # Both gradients are made with the loss: that of the weight in fp32, to which every chunk's product is added.
             saved = {"logits": rows * inner * b + weight * 4.0}
-            workspace = rows * inner * b + (rows / num_chunks * outer * b + weight * b if b < 4 else 0.0)
+            workspace = rows / num_chunks * outer * b + weight * b if b < 4 else workspace
         return OpCost(
             self,
             matrix_params=adapter + (0.0 if is_embedding else trained),

@@ -67,6 +67,7 @@ def attention(
     input_kept: bool = True,
     num_bias_params: int = 0,
     is_only_added: bool = False,
+    normed: Producer = "norm",
 ) -> Ops:
     """Q, K, V projections, QK-norm, rotary embedding, the kernel and the output projection.
 
@@ -74,11 +75,11 @@ def attention(
         window: sliding window in tokens, 0 for none.
         input_kept: whether the Q projection keeps the normed input; False where a parallel branch does.
         num_bias_params: learned relative positions held by this layer.
+        normed: what made its input; "residual" where that is the block's.
         is_only_added: whether its result is added to that of another branch at the block's end.
     """
     h, d = spec.hidden_size, spec.head_dim
     heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
-    normed: Producer = "norm"
     is_rms = spec.norm == "rmsnorm"
     ops: Ops = (
         Linear(name=f"{prefix}.q", in_features=h, out_features=heads * d, bias=spec.qkv_bias, saves_input=normed if input_kept else None),
