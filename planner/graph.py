@@ -51,8 +51,8 @@ class Part:
     counts: np.ndarray
     """[pp]"""
     is_block: bool
-    later: np.ndarray | None = None
-    """Blocks of each kind that come after its last run on each stage, [kinds, pp]; of blocks alone."""
+    later: tuple[np.ndarray, ...] = ()
+    """For each kind of block, how many come after the last run of this one on each stage, [pp]; of blocks alone."""
 
     def total(self, quantity: str) -> Array:
         """Sum of one field of `OpCost` over the ops."""
@@ -185,7 +185,7 @@ def build_step_graph(
     first, last = np.zeros(pp), np.zeros(pp)
     first[0] = last[-1] = 1
     later = _later_counts(listed.layers, len(listed.blocks), pp, num_chunks)
-    blocks = tuple(Part(name, _costs(ops, shard, numerics), counts[kind], True, later[kind]) for kind, (name, ops) in enumerate(listed.blocks))
+    blocks = tuple(Part(name, _costs(ops, shard, numerics), counts[kind], True, tuple(later[kind])) for kind, (name, ops) in enumerate(listed.blocks))
     parts = (
         Part("embedding", _costs(listed.embedding, shard, numerics), first, False),
         *blocks,

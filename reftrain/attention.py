@@ -74,9 +74,9 @@ class Positions(nn.Module):
     def _make_mask(self, window: int, is_causal: bool) -> Tensor:
         """Row by row of a few: distances are eight bytes where the mask has two."""
         mask = torch.zeros(len(self.positions), len(self.key_positions), dtype=self.dtype, device=self.positions.device)
-        for rows, mine in zip(mask.split(ROWS), self.positions.split(ROWS), strict=True):
-            distance = mine.unsqueeze(1) - self.key_positions
-            rows.masked_fill_((distance >= window) | (distance < (0 if is_causal else 1 - window)), -torch.inf)
+        for start in range(0, len(mask), ROWS):
+            distance = self.positions[start : start + ROWS].unsqueeze(1) - self.key_positions
+            mask[start : start + ROWS].masked_fill_((distance >= window) | (distance < (0 if is_causal else 1 - window)), -torch.inf)
         return mask
 
 

@@ -42,9 +42,9 @@ def kernels_of_a_gpu() -> Iterator[None]:
         functional.scaled_dot_product_attention, functional.dropout = on_cpu, dropout_on_cpu
 
 
-def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
     """One kernel that keeps a byte per element; a CPU's keeps a factor of x's format."""
-    return torch.native_dropout(x, p, True)[0] if training and p > 0 and not inplace else dropout_on_cpu(x, p, training, inplace)
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 and not inplace else dropout_on_cpu(input, p, training, inplace)
 
 
 def _attention(

@@ -38,7 +38,8 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _permuted(grads[0], *ctx.saved_tensors, not ctx.is_back), None, None
+        (order,) = ctx.saved_tensors
+        return _permuted(grads[0], order, not ctx.is_back), None, None
 
 
 def _permuted(x: Tensor, order: Tensor, is_back: bool) -> Tensor:

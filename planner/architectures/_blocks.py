@@ -7,9 +7,10 @@ from typing import Literal
 
 from planner.architectures import ModelOps
 from planner.attention_op import Attention
+from planner.collective_op import Collective
 from planner.model_spec import Mla, ModelSpec, Moe
 from planner.op_cost import Op, Producer
-from planner.ops import Collective, Elementwise, Embedding, GroupedLinear, Linear, Loss, Norm
+from planner.ops import Elementwise, Embedding, GroupedLinear, Linear, Loss, Norm
 
 __all__ = [
     "attention", "block_norm", "decoder", "dropout", "embedding", "feed_forward", "head", "mla_attention", "mixture", "residual",
@@ -238,7 +239,8 @@ def parallel_block(spec: ModelSpec, layer: int) -> Ops:
     shared = spec.num_block_norms == 1
     norms: Ops = (block_norm(spec, "norm"),) if shared else (block_norm(spec, "attention_norm"), block_norm(spec, "mlp_norm", None))
     return (
-        *norms, *enter(spec, "block"), *attention(spec, spec.window_at(layer), is_only_added=True), *feed_forward(spec, input_kept=not shared), *leave(spec, "block"),
+        *norms, *enter(spec, "block"), *attention(spec, spec.window_at(layer), is_only_added=True),
+        *feed_forward(spec, input_kept=not shared), *leave(spec, "block"),
         *dropout(spec, "dropout"), *residual(spec, "add"),
     )  # fmt: skip
 

@@ -16,7 +16,8 @@ from planner.ops import Elementwise, Linear
 def _block(spec: ModelSpec, layer: int) -> Ops:
     """norm(x + attention(x)), then norm(x + feed-forward(x))."""
     return (
-        *enter(spec, "attention"), *attention(spec, normed="residual"), *leave(spec, "attention"), *dropout(spec, "attention_dropout"), *residual(spec, "attention_add"),
+        *enter(spec, "attention"), *attention(spec, normed="residual"), *leave(spec, "attention"),
+        *dropout(spec, "attention_dropout"), *residual(spec, "attention_add"),
         block_norm(spec, "attention_norm"),
         *enter(spec, "mlp"), *feed_forward(spec), *leave(spec, "mlp"), *dropout(spec, "mlp_dropout"), *residual(spec, "mlp_add"),
         block_norm(spec, "mlp_norm"),

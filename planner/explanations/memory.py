@@ -8,25 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from planner.explanations._base import Explanation, Input, Trace, explained, summed
+from planner.backward import kept_bytes
+from planner.explanations._base import Explanation, Input, Trace, explained, look_up, summed
 from planner.explanations.model import describe_op, op_formula
 from planner.graph import Part, part_runs
-from planner.memory import (
-    INSTANTS,
-    MemoryBreakdown,
-    cast_bytes,
-    gathered_params,
-    gathered_rates,
-    kept_bytes,
-    part_states,
-    state_format,
-    trained_params,
-    transient_bytes,
-    workspace_bytes,
-    zero_degrees,
-)
-from planner.op_cost import OpCost
+from planner.memory import INSTANTS, MemoryBreakdown, memory_terms
 from planner.optimizers import get_optimizer
+from planner.states import part_states, state_format, trained_params, zero_degrees
 from planner.timing import worked_runs
 
 __all__ = ["explain_memory"]
@@ -37,15 +25,14 @@ _SOURCES = {
     "gradients": "arXiv:1910.02054 section 5: gradients over the ZeRO-2 group",
     "optimizer": "arXiv:1910.02054 section 5: optimizer states over the ZeRO-1 group",
     "activations": "arXiv:2205.05198: what ops keep for the backward pass, times microbatches in flight (arXiv:2104.04473)",
-    "logits": "what the loss keeps, times microbatches in flight",
+    "logits": "what the loss keeps and works with",
     "cast_weights": "weights of matmuls in compute format, made in each microbatch and kept for its backward pass",
-    "recompute_workspace": "arXiv:2205.05198 section 5: the block that is being recomputed keeps everything once",
-    "gathered_weights": "arXiv:2304.11277 section 3.3: FSDP's gathered blocks, one in use and one prefetched, and full gradients",
-    "temporaries": "the op that holds most while it runs",
+    "recompute_workspace": "arXiv:2205.05198 section 5: the block that is being recomputed holds what it had dropped",
+    "gathered_weights": "arXiv:2304.11277 section 3.3: what FSDP gathered, gradients that are not sharded yet, and the buffers in which they leave",
+    "temporaries": "gradients of activations and workspace while the op runs that needs most",
 }
-
-
-_KEPT = ("activations", "logits", "cast_weights")
+FORWARD = "kept by the forward pass"
+"""The term of activations that is the sum of what the ops save."""
 
 
 def explain_memory(trace: Trace, key: str) -> Explanation:
@@ -55,18 +42,37 @@ def explain_memory(trace: Trace, key: str) -> Explanation:
         return _whole_stage(trace, key)
     stage = int(match["stage"]) if match["stage"] else int(trace.memory.peak_stage)
     what, path = match["what"], match["path"] or ""
-    if what in ("weights", "gradients", "optimizer", *_KEPT):
+    if what in ("weights", "optimizer") or path:
         return _lasting(trace, key, what, stage, path)
-    if what == "gathered_weights":
-        return _gathered(trace, key, stage)
-    if what in ("recompute_workspace", "temporaries"):
-        return _largest_part(trace, key, what, stage, path)
+    if what in MemoryBreakdown.CHANGING:
+        return _at_instant(trace, key, what, stage)
     return _constant(trace, key, what, stage)
+
+
+def _terms(trace: Trace, what: str, stage: int) -> dict[str, float]:
+    """What a part of the breakdown is made of when the stage holds most."""
+    graph = trace.graph
+    _, found = memory_terms(graph, trace.job.stack)
+    terms = found[_instant(trace, stage)].get(what, {})
+    return {name: float(np.broadcast_to(value, graph.layout.pp)[stage]) for name, value in terms.items()}
+
+
+def _at_instant(trace: Trace, key: str, what: str, stage: int) -> Explanation:
+    """What the stage holds of something when it holds most; activations of the forward pass by part, less what was freed since."""
+    instant, terms = _instant(trace, stage), _terms(trace, what, stage)
+    children: dict[str, str] = {}
+    if what == "activations" and terms.get(FORWARD):
+        runs = _runs(trace, what)
+        parts = {part.name: runs[i][stage] * _part_bytes(trace, what, part, stage) for i, part in enumerate(trace.graph.parts)}
+        freed = terms.pop(FORWARD) - sum(parts.values())
+        terms = {**parts, **terms, "freed since": freed if abs(freed) > 1e-9 * sum(parts.values()) else 0.0}
+        children = {name: f"{key}.{name}" for name in parts}
+    return summed(key, trace.at(key), terms, children, f"{_SOURCES[what]}; {INSTANTS[instant]}")
 
 
 def _instant(trace: Trace, stage: int) -> str:
     """When the stage holds most."""
-    return INSTANTS[int(trace.memory.instant[stage])]
+    return list(INSTANTS)[int(trace.memory.instant[stage])]
 
 
 def _whole_stage(trace: Trace, key: str) -> Explanation:
@@ -90,57 +96,34 @@ def _constant(trace: Trace, key: str, what: str, stage: int) -> Explanation:
         allocated = sum(getattr(trace.memory, name)[stage] for name in MemoryBreakdown.PARTS if name not in ("context", "allocator_slack"))
         inputs = [Input("allocated_bytes", allocated, "all parts but the context"), Input("slack_fraction", stack.allocator_slack_fraction, source)]
         return explained(key, value, "allocated_bytes * slack_fraction", inputs, source="reserved by the allocator above what is allocated")
-    graph = trace.graph
-    if what == "communication_buffers" and stack.pipeline_keeps_outputs and graph.layout.pp > 1:
-        inputs = [
-            Input("collective_buffers_bytes", stack.collective_buffers, source),
-            Input("num_microbatches", float(graph.num_microbatches), "their outputs are kept until the step ends"),
-            Input("local_tokens", float(graph.shard.local_tokens), "micro_batch_size * seq_len / cp, over tp with sequence parallelism"),
-            Input("hidden_size", graph.model.hidden_size, "model"),
-            Input("compute_bytes", graph.numerics.compute_bytes, f"precision {graph.precision.name}"),
-        ]
-        formula = "collective_buffers_bytes + num_microbatches * local_tokens * hidden_size * compute_bytes"
-        return explained(key, value, formula, inputs, source=f"stack {stack.name}: torch.distributed.pipelining keeps what stages send")
+    if what == "communication_buffers" and stack.pipeline_keeps_outputs and trace.graph.layout.pp > 1:
+        messages = float(value) - stack.collective_buffers
+        terms = {"of the communication library": stack.collective_buffers, "of the pipeline's messages": messages}
+        return summed(key, value, terms, {}, f"{source}; torch.distributed.pipelining: a buffer for each that arrives in a step")
     return explained(key, value, f"{what}_bytes", [Input(f"{what}_bytes", value, source if value else "one device: none")], source=source)
 
 
 def _runs(trace: Trace, what: str) -> np.ndarray[Any, Any]:
     """How often a device holds each part, [parts, pp]; activations of DualPipe's two slices share the microbatches."""
-    if what in _KEPT:
+    if what == "activations":
         return np.asarray(worked_runs(trace.graph))
     return np.asarray(trace.schedule.resident(part_runs(trace.graph)))
 
 
-def _in_flight(trace: Trace, stage: int) -> float:
-    layout = trace.graph.layout
-    held = trace.schedule.in_flight(layout.pp, layout.num_virtual_stages, trace.graph.num_microbatches)
-    return float(held[..., stage])
-
-
-def _held(trace: Trace, what: str, part: Part, stage: int) -> Input:
-    """Microbatches whose tensors of a kind are alive when the stage holds most."""
-    in_flight, instant = _in_flight(trace, stage), _instant(trace, stage)
-    origin = f"microbatches that schedule {trace.graph.layout.schedule} holds on stage {stage}"
-    if instant == "update":
-        return Input("in_flight", 0.0, "after the last backward pass: none")
-    if instant in ("blocks", "reduce") and not part.is_block and what != "activations":
-        return Input("in_flight", max(in_flight - 1, 0.0), f"{origin}, without the one that has passed the head")
-    return Input("in_flight", in_flight, origin)
-
-
-def _kept_bytes(trace: Trace, what: str, part: Part) -> float:
-    """Bytes that one run of a part keeps in one microbatch."""
-    if what != "cast_weights":
-        return float(kept_bytes(part, trace.graph, trace.job.stack)[what == "logits"])
-    if part.is_block and trace.graph.workload.recompute != "none":
-        return 0.0
-    return float(sum(cast_bytes(cost, trace.graph, trace.job.stack) for cost in part.costs))
+def _held(trace: Trace, stage: int) -> Input:
+    """Microbatches whose activations are alive when the stage holds most, in whole or in part."""
+    layout, count = trace.graph.layout, float(trace.graph.num_microbatches)
+    held = float(trace.schedule.in_flight(layout.pp, layout.num_virtual_stages, count)[..., stage])
+    origin = f"microbatches that schedule {layout.schedule} holds on stage {stage}"
+    instant = _instant(trace, stage)
+    fewer = {"next blocks": min(held, count - 1), "embedding": max(held - 1, 0.0), "last block": 1.0, "update": 0.0}
+    return Input("in_flight", fewer.get(instant, held), f"{origin}, {INSTANTS[instant]}")
 
 
 def _part_bytes(trace: Trace, what: str, part: Part, stage: int) -> float:
     """Bytes of one run of a part, or of a part that is cut down to one op."""
-    if what in _KEPT:
-        return _kept_bytes(trace, what, part) * float(_held(trace, what, part, stage).value or 0)
+    if what == "activations":
+        return float(kept_bytes(part, trace.graph, trace.job.stack)[0]) * float(_held(trace, stage).value or 0)
     index = ("weights", "gradients", "optimizer").index(what)
     return sum(float(part_states(trace.graph, trace.job.stack, part, is_expert)[index]) for is_expert in (False, True))
 
@@ -183,16 +166,17 @@ def _state_formula(trace: Trace, what: str, part: Part, is_expert: bool) -> tupl
 
 
 def _lasting(trace: Trace, key: str, what: str, stage: int, path: str) -> Explanation:
-    """Weights, gradients, optimizer states and activations: sums over parts, then over ops."""
+    """Weights, gradients, optimizer states and activations of the forward pass: sums over parts, then over ops.
+
+    Raises:
+        InputError: a path below something that has no parts.
+    """
+    if what not in ("weights", "gradients", "optimizer", "activations"):
+        look_up(key, path, [])
     runs = _runs(trace, what)
-    if not path and trace.at(key) == 0:
-        return explained(key, 0.0, "0", source=f"{_SOURCES[what]}; none when the stage holds most, at instant {_instant(trace, stage)}")
     if not path:
         parts = {p.name: runs[i][stage] * _part_bytes(trace, what, p, stage) for i, p in enumerate(trace.graph.parts)}
-        keys = {name: f"{key}.{name}" for name in parts}
-        if what == "gradients":
-            parts["not yet made"] = float(trace.at(key)) - sum(parts.values())
-        return summed(key, trace.at(key), parts, keys, _SOURCES[what])
+        return summed(key, trace.at(key), parts, {name: f"{key}.{name}" for name in parts}, _SOURCES[what])
     index, part, cost, _ = trace.locate(key, path)
     num_runs = float(runs[index][stage])
     count = Input("num_runs", num_runs, f"{part.name} on stage {stage}")
@@ -203,12 +187,8 @@ def _lasting(trace: Trace, key: str, what: str, stage: int, path: str) -> Explan
         terms = {c.op.name: num_runs * _part_bytes(trace, what, replace(part, costs=(c,)), stage) for c in part.costs}
         return summed(key, sum(terms.values()), terms, {name: f"{key}.{name}" for name in terms}, _SOURCES[what])
     only = replace(part, costs=(cost,))
-    if what == "cast_weights":
-        held, each = _held(trace, what, part, stage), Input("cast_bytes", _kept_bytes(trace, what, only), f"weight of {describe_op(cost)}")
-        value = num_runs * _part_bytes(trace, what, only, stage)
-        return explained(key, value, "num_runs * in_flight * cast_bytes", [count, held, each], source=_SOURCES[what])
-    if what in _KEPT:
-        return _op_activations(trace, key, only, count, stage, is_logits=what == "logits")
+    if what == "activations":
+        return _op_activations(trace, key, only, count, stage)
     formula, inputs = _state_formula(trace, what, only, cost.op.is_expert)
     return explained(
         key,
@@ -224,7 +204,7 @@ def _block_input(trace: Trace, key: str, part: Part, count: Input, stage: int) -
     graph = trace.graph
     inputs = [
         count,
-        _held(trace, "activations", part, stage),
+        _held(trace, stage),
         Input("local_tokens", float(graph.shard.local_tokens), "micro_batch_size * seq_len / cp, over tp with sequence parallelism"),
         Input("hidden_size", graph.model.hidden_size, "model"),
         Input("compute_bytes", graph.numerics.compute_bytes, f"precision {graph.precision.name}"),
@@ -234,93 +214,17 @@ def _block_input(trace: Trace, key: str, part: Part, count: Input, stage: int) -
     return explained(key, value, formula, inputs, source="recompute full: the input of each block is kept (arXiv:2205.05198 section 5)")
 
 
-def _op_activations(trace: Trace, key: str, part: Part, count: Input, stage: int, *, is_logits: bool) -> Explanation:
+def _op_activations(trace: Trace, key: str, part: Part, count: Input, stage: int) -> Explanation:
     """What one op keeps, by what made it."""
-    cost = part.costs[0]
-    held = _held(trace, "logits" if is_logits else "activations", part, stage)
+    cost, stack = part.costs[0], trace.job.stack
+    held, is_selective = _held(trace, stage), trace.graph.workload.recompute == "selective" and part.is_block
     scale = float(count.value or 0) * float(held.value or 0)
-    dropped = trace.job.stack.selective_recompute if trace.graph.workload.recompute == "selective" else []
-    kept = {
-        f"{producer}_bytes": float(n)
-        for producer, n in cost.saved.items()
-        if (producer == "logits") == is_logits and (is_logits or producer not in dropped)
-    }
+    dropped = {"logits", *(stack.selective_recompute if is_selective else [])}
+    kept = {f"{producer}_bytes": float(n) for producer, n in cost.saved.items() if producer not in dropped}
+    if is_selective and stack.selective_keeps_outputs:
+        kept["output_bytes"] = float(cost.output_bytes)
     formula = f"num_runs * in_flight * ({' + '.join(kept) or '0'})"
-    inputs = [
-        count,
-        held,
-        *(Input(name, n, f"saved by {describe_op(cost)}") for name, n in kept.items()),
-    ]
+    inputs = [count, held, *(Input(name, n, f"saved by {describe_op(cost)}") for name, n in kept.items())]
     terms = {name: scale * n for name, n in kept.items()}
-    value = float(count.value or 0) * _part_bytes(trace, "logits" if is_logits else "activations", part, stage)
+    value = float(count.value or 0) * _part_bytes(trace, "activations", part, stage)
     return explained(key, value, formula, inputs, terms=terms, source=op_formula(cost))
-
-
-def _gathered(trace: Trace, key: str, stage: int) -> Explanation:
-    """What FSDP holds beyond its shards: in whole parts by their parameters."""
-    graph, value, instant = trace.graph, float(trace.at(key)), _instant(trace, stage)
-    if value == 0:
-        return explained(key, value, "0", source=f"{_SOURCES['gathered_weights']}; does not apply to this plan")
-    rates = gathered_rates(graph, trace.job.stack)
-    present = [part for part in graph.parts if part.counts[stage] > 0]
-    on_stage = sum(float(gathered_params(part, graph)) * float(part.counts[stage]) for part in present)
-    inputs = [
-        Input("stage_params", on_stage, "of this stage"),
-        Input("kept_bytes", float(rates.kept), "where weights stay gathered through the step"),
-    ]
-    if instant == "loss":
-        first = float(gathered_params(graph.parts[0], graph)) if graph.parts[0].counts[stage] else 0.0
-        inputs += [
-            Input("head_params", float(gathered_params(graph.parts[-1], graph)), "of the head"),
-            Input("head_bytes", float(rates.head), "gathered, and as it arrived"),
-            Input("first_params", first, "of the embedding, where it lies on this stage"),
-            Input("leaving_bytes", float(rates.leaving), "gradients of the microbatch before, on their way"),
-        ]
-        formula = "stage_params * kept_bytes + head_params * head_bytes + first_params * leaving_bytes"
-    else:
-        largest = max((float(gathered_params(part, graph)) for part in present if part is not graph.parts[-1]), default=0.0)
-        inputs += [
-            Input("largest_params", largest, "of the largest part but the head"),
-            Input("largest_bytes", float(rates.block if instant == "blocks" else rates.reduce), "parts in use and arriving, gradients that leave"),
-        ]
-        formula = "stage_params * kept_bytes + largest_params * largest_bytes"
-    return explained(key, value, formula, inputs, source=_SOURCES["gathered_weights"])
-
-
-def _largest_part(trace: Trace, key: str, what: str, stage: int, path: str) -> Explanation:
-    """Transients: of the parts on the stage the one that holds most counts."""
-    graph, stack, value = trace.graph, trace.job.stack, trace.at(key.removesuffix(f".{path}") if path else key)
-    if value == 0 and not path:
-        return explained(key, value, "0", source=f"{_SOURCES[what]}; does not apply to this plan")
-    at_loss = _instant(trace, stage) == "loss"
-    present = [part for part in graph.parts if part.counts[stage] > 0 and (part is graph.parts[-1]) == at_loss]
-    if what == "temporaries":
-        costs = [(float(transient_bytes(cost, graph)), part, cost) for part in present for cost in part.costs]
-        _, winner, worst = max(costs, key=lambda found: found[0])
-        return _transient(trace, key, winner, worst)
-    winner = max(present, key=lambda part: float(workspace_bytes(part, graph, stack)))
-    if not path:
-        terms = {cost.op.name: float(workspace_bytes(replace(winner, costs=(cost,)), graph, stack)) for cost in winner.costs}
-        return summed(key, value, terms, {name: f"{key}.{winner.name}.{name}" for name in terms}, f"{_SOURCES[what]}: {winner.name}")
-    _, part, cost, _ = trace.locate(key, path)
-    cost = cost if cost is not None else part.costs[0]
-    names = {f"{producer}_bytes": float(n) for producer, n in cost.saved.items()} if graph.workload.recompute == "full" else {}
-    names["cast_bytes"] = float(cast_bytes(cost, graph, stack))
-    inputs = [Input(name, n, f"of {describe_op(cost)}") for name, n in names.items()]
-    return explained(key, sum(names.values()), " + ".join(names), inputs, terms=names, source=op_formula(cost))
-
-
-def _transient(trace: Trace, key: str, part: Part, cost: OpCost) -> Explanation:
-    """What one op holds while it runs."""
-    graph, value = trace.graph, float(transient_bytes(cost, trace.graph))
-    workspace = Input("workspace_bytes", float(cost.workspace_bytes), describe_op(cost))
-    source = f"{_SOURCES['temporaries']}: {part.name}.{cost.op.name}"
-    if cost.gemm is None or value == float(cost.workspace_bytes):
-        return explained(key, value, "workspace_bytes", [workspace], source=source)
-    m, n, k = (float(size) for size in cost.gemm)
-    groups = float(getattr(cost.op, "num_experts", 1)) / (float(graph.shard.ep) if cost.op.is_expert else 1.0)
-    inputs = [
-        workspace, Input("m", m, describe_op(cost)), Input("num_groups", groups, "experts on one device, or 1"), Input("n", n, describe_op(cost)),
-        Input("k", k, describe_op(cost)), Input("compute_bytes", graph.numerics.compute_bytes, f"precision {graph.precision.name}"),
-    ]  # fmt: skip
-    return explained(key, value, "workspace_bytes + m * num_groups * (n + k) * compute_bytes", inputs, source=source)

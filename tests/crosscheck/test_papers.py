@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from planner.architectures import load_model
+from planner.backward import kept_bytes
 from planner.estimate import estimate
 from planner.graph import StepGraph, build_step_graph, count_params, model_flops_per_token
 from planner.layout import Layout
-from planner.backward import kept_bytes
 from planner.op_cost import Numerics
 from planner.plan import build_request
 from planner.resolve import resolve

@@ -17,13 +17,13 @@ ROOT = Path(planner.__file__).parent
 LEVELS: dict[str, int] = {
     **dict.fromkeys(("units", "errors", "registry", "files", "spec", "catalog_files"), 0),
     **dict.fromkeys(("precision", "optimizers", "model_spec", "workload", "layout", "curves", "hardware"), 1),
-    **dict.fromkeys(("op_cost", "attention_op", "ops", "collectives", "layout_rules"), 2),
+    **dict.fromkeys(("op_cost", "attention_op", "collective_op", "ops", "collectives", "layout_rules"), 2),
     "architectures": 3,
     "run_files": 1,
     "stack": 2,
     "efficiency": 3,  # it prices an OpCost
     **dict.fromkeys(("schedules", "graph"), 4),
-    **dict.fromkeys(("states", "backward", "memory", "timing"), 5),
+    **dict.fromkeys(("states", "sharding", "backward", "stage_memory", "memory", "timing"), 5),
     **dict.fromkeys(("economics", "scaling_laws"), 6),
     **dict.fromkeys(("plan", "resolve", "pricing", "layout_space", "assemble"), 7),
     "estimate": 8,

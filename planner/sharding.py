@@ -1,0 +1,74 @@
+"""What FSDP holds beyond shards, per parameter: gathered weights, gradients that have not left yet, the buffers in which they leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from planner.graph import Part, StepGraph
+from planner.stack import StackSpec
+from planner.states import wraps_weights
+
+__all__ = ["Sharding", "gathered_params"]
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Bytes per parameter that FSDP, or the lack of it, holds beyond shards; [..., 1] each. Source: arXiv:2304.11277; FSDP2 under dry run."""
+
+    gathered: Array
+    """ZeRO-3: a part in use."""
+    arrived: Array
+    """The buffer in which the part that was gathered last arrived."""
+    kept: Array
+    """Without ZeRO-3, in-place stacks: all weights of the stage in compute format, through the step."""
+    unreduced: Array
+    """A gradient in compute format, before it leaves."""
+    leaving: Array
+    """A gradient in the buffer in which it leaves, until the next part's does."""
+    leaves_before: Array
+    """Whether the last part's buffer of one microbatch is still there in the next."""
+    summed: Array
+    """Whole gradients, summed over microbatches before they leave."""
+    made_late: Array
+    """A gradient of weights that nobody shares."""
+    table_gradient: Array
+    """Of the embedding, as it is made."""
+    stream_casts: Array
+    """Gradients of the residual stream, in fp32 too, while the embedding's is made; in streams of compute format."""
+
+    @staticmethod
+    def of(graph: StepGraph, stack: StackSpec) -> Sharding:
+        """The rates of a stack under the layout's ZeRO stage."""
+        precision, zero = graph.precision, np.asarray(graph.layout.zero_stage)
+        compute, in_place = precision.compute_bytes, stack.weight_storage == "fp32_in_place"
+        is_sharded, is_wrapped = np.asarray(graph.fsdp_degree) > 1, wraps_weights(graph)
+        waits = stack.pipeline_waits and graph.layout.pp > 1
+        drops = is_sharded & (zero == 3) & (not waits)
+        sends = (is_wrapped & in_place) | drops
+        many = np.asarray(graph.num_microbatches) > 1
+        is_summed = sends & many & ((zero < 2) | waits)
+        is_mixed = precision.needs_master_weights
+        made = np.where(is_wrapped, compute, 4.0) if in_place else compute
+        rates = (
+            np.where(drops, compute + precision.quantized_weight_bytes, 0.0),
+            np.where(sends & is_sharded & (drops | ~many), compute, 0.0),
+            np.where(is_wrapped & ~drops & in_place & (is_sharded | is_mixed | (np.asarray(graph.layout.tp) > 1)), compute, 0.0),
+            np.where(sends, compute, 0.0),
+            np.where(sends, stack.reduce_bytes, 0.0),
+            sends & many & (zero >= 2) & (not waits),
+            np.where(is_summed, 4.0, 0.0),
+            np.where(~is_wrapped & in_place, 4.0, 0.0),
+            made,
+            np.where(~is_wrapped & in_place, 1.0 + 4.0 / compute * is_mixed, 1.0),
+        )
+        return Sharding(*(np.asarray(rate)[..., None] for rate in rates))
+
+
+def gathered_params(part: Part, graph: StepGraph) -> Array:
+    """Parameters of one part in full; a parted tied head has its copy."""
+    return part.total("params") + (part.total("tied_params") if graph.layout.pp > 1 else 0.0)

@@ -1,0 +1,344 @@
+"""What one pipeline stage holds, and when: every instant at which it may hold most, term by term.
+
+In: a StepGraph and a stack. Out: `StageMemory`, whose methods return `Terms`; `planner.memory` takes the largest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from planner.backward import cast_bytes, kept_bytes, walk
+from planner.graph import Part, StepGraph, over_stages, part_runs
+from planner.schedules import SCHEDULES
+from planner.sharding import Sharding, gathered_params
+from planner.stack import StackSpec
+from planner.states import part_states, wraps_weights
+
+__all__ = ["StageMemory", "Terms"]
+
+Array = Any
+Terms = dict[str, dict[str, Array]]
+"""Part of the breakdown -> what -> bytes [..., pp]."""
+WHOLE_CHUNKS = 3
+"""Chunks of one stage whose weights torch.distributed.pipelining gathers at a time."""
+INDEX_BYTES = 8
+"""Of a token."""
+
+
+class StageMemory:
+    """What a stage holds at each instant; every number has shape [..., pp].
+
+    Until the backward pass frees it: what the forward pass keeps, times microbatches in flight. At the loss: what the head works with;
+    in the blocks: what one block works with, gathers and recomputes.
+    """
+
+    def __init__(self, graph: StepGraph, stack: StackSpec) -> None:
+        layout, schedule = graph.layout, SCHEDULES[graph.layout.schedule]
+        self.graph, self.stack = graph, stack
+        self.keeps_head = graph.numerics.loss_kernel != "chunked"  # which needs the head's weight no more
+        self.weights, self.gradients, self.optimizer = (schedule.resident(state) for state in _states(graph, stack))
+        self.in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
+        kept = _kept(graph, stack)
+        self.activations, self.logits, self.casts, self.head_casts = (schedule.resident(each) / schedule.parameter_copies for each in kept)
+        self.sharding = Sharding.of(graph, stack)
+        self.ends = [_End(graph, stack, index) for index in (0, -1)]
+        self.block = _worst_block(graph, stack, self.sharding)
+        count = np.asarray(graph.num_microbatches, float)[..., None]
+        has_buckets = (np.asarray(layout.dp) > 1) & (np.asarray(layout.zero_stage) == 0) & ~wraps_weights(graph)
+        # share of the gradients that are there when as much is in flight as ever: none where all of the step is
+        is_anew = ~has_buckets[..., None] & stack.frees_gradients
+        self.there = np.where(is_anew, np.clip(count - self.in_flight, 0.0, 1.0), 1.0)
+        self.is_late = self.there < 1
+        self.most_with_all = np.minimum(self.in_flight, np.maximum(count - 1, 0.0))
+        self.has_next = count > 1
+        runs = part_runs(graph)
+        stage_params = over_stages([gathered_params(part, graph) for part in graph.parts], runs)
+        waits = stack.pipeline_waits and layout.pp > 1
+        # Chunks of a stage take turns: three are whole at once, or the one that goes backwards; and until as many microbatches as there
+        # are stages have been through, one has gradients.
+        chunks = layout.num_virtual_stages if waits else 1
+        self.gathered = stage_params * self.sharding.kept * min(WHOLE_CHUNKS, chunks) / chunks
+        self.summed = stage_params * self.sharding.summed * np.where(count <= layout.pp, 1 / chunks, 1.0)
+        self.shards = np.where(self.summed > 0, 0.0, self.gradients)
+        self.messages = _Messages(graph, stack, self.in_flight)
+        # what all instants have: masks, tokens and targets, outputs that wait for their gradients, the gradients that weights wait for
+        waiting = schedule.waiting(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
+        is_tied = graph.model.tie_word_embeddings and layout.pp == 1
+        self.tied = self.ends[1].tied * is_tied
+        self.throughout: Terms = {
+            "activations": {
+                "masks of attention": _masks(graph),
+                "tokens and targets": _stage_axis(2 * INDEX_BYTES * graph.num_microbatches * graph.shard.tokens),
+                "outputs of the stage": self.messages.outputs,
+                "inputs that lie in buffers": -self.messages.inputs,
+            },
+            "temporaries": {"gradients that weights wait for": waiting * over_stages([_output_gradients(part) for part in graph.parts], runs)},
+        }
+
+    def at_loss(self) -> Terms:
+        """The head's chunk of logits with their gradients, and everything that the forward pass kept."""
+        head = self.ends[1]
+        others = {
+            "gradients": {"of earlier microbatches": self.shards * self.there},
+            "activations": {"kept by the forward pass": self.activations * self.in_flight},
+            "logits": {"of the loss": self.logits * self.in_flight, "of one chunk": head.workspace, "hidden states": head.hidden},
+            "cast_weights": {"of matmuls": self.casts * self.in_flight + self.head_casts * (self.in_flight if self.keeps_head else 1)},
+            "gathered_weights": {
+                **self._whole(self.there),
+                "of the head, and as it arrived": head.params * (self.sharding.gathered + self.sharding.arrived),
+                "gradients of the microbatch before, that leave": self.before() * self.sharding.leaving,
+            },
+        }
+        return _only(head.is_there, others)
+
+    def before(self) -> Array:
+        """Parameters of the part that went last in the microbatch before, where its gradients are still leaving."""
+        return self.ends[0].params * self.sharding.leaves_before * self.there
+
+    def at_head(self) -> Terms:
+        """FSDP copies the head's gradients into the buffer that leaves."""
+        head = self.ends[1]
+        moving = self.sharding.gathered + self.sharding.unreduced + self.sharding.leaving
+        terms = {
+            **self._in_backward(self.in_flight, self.there),
+            "activations": {"kept by the forward pass": self.activations * self.in_flight - head.kept},
+            "gathered_weights": {**self._whole(self.there), "of the head, and its gradients that leave": head.params * moving},
+        }
+        return _only(head.is_there & (self.sharding.leaving > 0) & ~np.asarray(self.graph.model.tie_word_embeddings), terms)
+
+    def _in_backward(self, in_flight: Array, there: Array) -> Terms:
+        """Beside activations."""
+        others = np.maximum(in_flight - 1, 0)
+        head = self.ends[1]
+        return {
+            "gradients": {"of earlier microbatches": self.shards * there + head.gradients * (1 - there) * (self.summed == 0)},
+            "logits": {"of other microbatches": self.logits * others},
+            "cast_weights": {"of matmuls": self.casts * in_flight + self.head_casts * others * self.keeps_head},
+        }
+
+    def _whole(self, there: Array) -> dict[str, Array]:
+        tied = self.tied * self.sharding.gathered
+        return {"of the stage": self.gathered, "of the tied table": tied, "sums of gradients": self.summed * there}
+
+    def _block(self, in_flight: Array, there: Array, ends_kept: Array, before: Array) -> Terms:
+        """One block of one of the microbatches in flight goes backwards; `before`: parameters of the part that went before it."""
+        found = self._in_backward(in_flight, there)
+        again = np.maximum(self.block.saved - self.block.kept, 0.0)
+        freed = np.maximum(self.block.kept - self.block.saved, 0.0)
+        late = self.block.made * self.sharding.made_late * (1 - there)
+        found["gradients"]["of this block"] = late
+        found["activations"] = {"kept by the forward pass": self.activations * in_flight - ends_kept - freed - self.block.later}
+        found["cast_weights"]["of this block"] = self.block.casts - self.block.kept_casts
+        found["recompute_workspace"] = {"of this block": again}
+        found["temporaries"] = {
+            "of one op": self.block.temporaries - self.messages.arriving,
+            "gradient of the tied table, from the head": self._tied(),
+        }
+        found["gathered_weights"] = {
+            **self._whole(there), "of two blocks": 2 * self.block.params * self.sharding.gathered,
+            "gradients that leave": before * self.sharding.leaving, "gradients of this block": self.block.made * self.sharding.unreduced,
+        }  # fmt: skip
+        return found
+
+    def _tied(self) -> Array:
+        """The head's share of a tied table's gradient waits for the embedding's."""
+        return self.tied * self.sharding.table_gradient
+
+    def in_blocks(self) -> Terms:
+        """The head, if there is one, is done."""
+        head = self.ends[1]
+        is_apart = head.is_there & ~np.asarray(self.graph.model.tie_word_embeddings)
+        before = np.where(is_apart, head.params, np.where(head.is_there, self.before(), self.block.params))
+        return self._block(self.in_flight, self.there, head.kept, before)
+
+    def in_second_block(self) -> Terms:
+        """The block before it leaves, not the head."""
+        return _only(self.block.count > 1, self._block(self.in_flight, self.there, self.ends[1].kept + self.block.kept, self.block.params))
+
+    def in_next_blocks(self) -> Terms:
+        """One microbatch is done, and gradients are there."""
+        return _only(self.has_next & self.is_late, self._block(self.most_with_all, np.ones_like(self.there), 0.0, self.block.params))
+
+    def in_last_block(self) -> Terms:
+        """All other blocks are done, and their gradients there."""
+        found = self._block(np.ones_like(self.in_flight), 0.0 * self.there, 0.0, self.block.params)
+        found["activations"] = {"kept by the first layers": self.ends[0].kept + np.minimum(self.block.kept, self.block.saved)}
+        found["gradients"]["of earlier microbatches"] = np.maximum(self.gradients - self.ends[0].gradients - self.block.gradients, 0.0)
+        found["cast_weights"] = {"of this block": self.block.casts}
+        found["gathered_weights"]["of the stage"] = (self.ends[0].params + self.block.params) * self.sharding.kept
+        return _only((self.there == 0) & (self.in_flight <= 1), found)
+
+    def at_reduce(self) -> Terms:
+        """FSDP copies a block's gradients into the buffer that leaves."""
+        found = self._in_backward(self.in_flight, self.there)
+        done = self.activations * self.in_flight - self.ends[1].kept - self.block.kept - self.block.later
+        moving = 2 * self.sharding.gathered + self.sharding.unreduced + self.sharding.leaving
+        found["activations"] = {"kept by the forward pass": done}
+        found["gathered_weights"] = {**self._whole(self.there), "of two blocks, and gradients that leave": self.block.params * moving}
+        found["temporaries"] = {"gradient of the residual stream": self.block.stream, "gradient of the tied table, from the head": self._tied()}
+        return _only(self.sharding.leaving > 0, found)
+
+    def at_embedding(self) -> Terms:
+        """The table's gradient is made whole, and then added."""
+        first, others = self.ends[0], np.maximum(self.in_flight - 1, 0)
+        is_last = ~self.has_next
+        terms = {
+            **self._in_backward(others, self.there),
+            "gradients": {"of the stage": np.where(is_last & self.is_late, self.gradients - first.gradients, self.shards)},
+            "activations": {"kept by the forward pass": self.activations * others},
+            "temporaries": {
+                "gradient of the table": first.table * self.sharding.table_gradient,
+                "of the tied table, from the head, and their sum": 2 * self._tied(),
+                "gradient of the residual stream": self.block.stream * self.sharding.stream_casts,
+            },
+            "gathered_weights": {
+                **self._whole(1.0 - is_last),
+                "of the stage": np.where(is_last, first.params * self.sharding.kept, self.gathered),
+                "gradients of a block, that leave": self.block.params * self.sharding.leaving,
+            },
+        }  # fmt: skip
+        return _only(first.is_there, terms)
+
+
+class _End:
+    """The embedding or the head, on the stage that has it; [..., pp]."""
+
+    def __init__(self, graph: StepGraph, stack: StackSpec, index: int) -> None:
+        part = graph.parts[index]
+        self.is_there = part.counts > 0
+        self.params = _stage_axis(gathered_params(part, graph)) * self.is_there
+        self.table = _stage_axis(_most(part, "embedding_params")) * self.is_there
+        self.tied = _stage_axis(part.total("tied_params")) * self.is_there
+        is_chunked = graph.numerics.loss_kernel == "chunked"  # other losses keep the hidden states
+        self.hidden = _stage_axis(sum(cost.grad_input_bytes for cost in part.costs if cost.op.name == "head")) * self.is_there * is_chunked
+        self.kept = _stage_axis(kept_bytes(part, graph, stack)[0]) * self.is_there
+        self.workspace = _stage_axis(_most(part, "workspace_bytes")) * self.is_there
+        self.gradients = _stage_axis(sum(part_states(graph, stack, part, is_expert)[1] for is_expert in (False, True))) * self.is_there
+
+
+def _most(part: Part, quantity: str) -> Array:
+    """Of one op."""
+    return np.max(np.stack(np.broadcast_arrays(*(np.asarray(getattr(cost, quantity), float) for cost in part.costs))), axis=0)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The block of a stage whose backward pass needs most; [..., pp]."""
+
+    saved: Array
+    casts: Array
+    made: Array
+    temporaries: Array
+    kept: Array
+    kept_casts: Array
+    params: Array
+    gradients: Array
+    stream: Array
+    count: Array
+    """Blocks of its kind on the stage."""
+    later: Array
+    """What the blocks after it had kept, which is freed by then."""
+
+
+def _masks(graph: StepGraph) -> Array:
+    """One for each window of the stage's layers."""
+    by_window: dict[int, Array] = {}
+    for part in graph.parts[1:-1]:
+        for cost in part.costs:
+            if cost.op.kind == "attention":
+                window = getattr(cost.op, "window", 0)
+                by_window[window] = np.maximum(by_window.get(window, 0.0), _stage_axis(cost.mask_bytes) * (part.counts > 0))
+    return sum(by_window.values(), np.zeros(graph.layout.pp))
+
+
+def _worst_block(graph: StepGraph, stack: StackSpec, sharding: Sharding) -> _Block:
+    blocks = graph.parts[1:-1]
+    rate = (sharding.unreduced + sharding.made_late)[..., 0]
+    is_kept = graph.workload.recompute == "none"
+    stream = graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes
+    kept = [kept_bytes(part, graph, stack)[0] for part in blocks]
+    found: list[_Block] = []
+    totals: list[Array] = []
+    for part, own in zip(blocks, kept, strict=True):
+        worst = walk(part, graph, stack, rate)
+        casts = sum(cast_bytes(cost, graph, stack) for cost in part.costs) if is_kept else 0.0
+        gradients = sum(part_states(graph, stack, part, is_expert)[1] for is_expert in (False, True))
+        freed = sum(np.multiply.outer(np.asarray(bytes_, float), later) for bytes_, later in zip(kept, part.later, strict=True))
+        found.append(
+            _Block(
+                saved=_stage_axis(worst.saved),
+                casts=_stage_axis(worst.casts),
+                made=_stage_axis(worst.gradients),
+                temporaries=_stage_axis(worst.temporaries),
+                kept=_stage_axis(own),
+                kept_casts=_stage_axis(casts),
+                params=_stage_axis(gathered_params(part, graph)),
+                gradients=_stage_axis(gradients),
+                stream=_stage_axis(stream),
+                count=part.counts,
+                later=freed,
+            )
+        )
+        totals.append(np.where(part.counts > 0, _stage_axis(worst.total - own) - freed, -np.inf))
+    chosen = np.argmax(np.stack(np.broadcast_arrays(*totals)), axis=0)
+    is_there = sum(part.counts for part in blocks) > 0
+    names = _Block.__dataclass_fields__
+    return _Block(*(is_there * np.choose(chosen, [np.broadcast_to(getattr(each, name), chosen.shape) for each in found]) for name in names))
+
+
+def _only(where: Array, terms: Terms) -> Terms:
+    """Nothing where the instant does not come."""
+    return {part: {name: np.where(where, value, 0.0) for name, value in found.items()} for part, found in terms.items()}
+
+
+class _Messages:
+    """What a pipeline stage holds of the activations and gradients that it receives and sends, [..., pp]; see `StackSpec`."""
+
+    def __init__(self, graph: StepGraph, stack: StackSpec, in_flight: Array) -> None:
+        layout, count = graph.layout, np.asarray(graph.num_microbatches, float)[..., None]
+        pp, chunks = layout.pp, layout.num_virtual_stages
+        is_kept = stack.pipeline_keeps_outputs and pp > 1
+        message = _stage_axis(graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes) * is_kept
+        sent, received = np.full(pp, float(chunks)), np.full(pp, float(chunks))
+        sent[-1], received[0] = chunks - 1.0, chunks - 1.0
+        waits = layout.schedule in stack.pipeline_waits_for_sends
+        waiting = SCHEDULES[layout.schedule].waiting(pp, chunks, count[..., 0])
+        gradients = received * np.maximum(count - (in_flight - waiting), 0.0) if waits else 0.0
+        self.buffers = message * ((sent + received) * count + gradients)
+        self.outputs = message * sent * (count if waits else in_flight)
+        self.inputs = message * received * in_flight
+        self.arriving = message * np.minimum(sent, 1.0)
+
+
+def _output_gradients(part: Part) -> Array:
+    """Bytes of the gradients from which the part's weights get theirs."""
+    return sum(
+        cost.grad_output_bytes for cost in part.costs if cost.op.name != "head" and np.any(np.asarray(cost.matrix_params + cost.vector_params))
+    )
+
+
+def _stage_axis(value: Array) -> Array:
+    """Adds the stage axis to a number or an array [n]."""
+    return np.asarray(value, float)[..., None]
+
+
+def _states(graph: StepGraph, stack: StackSpec) -> list[Array]:
+    """Weights, gradients and optimizer states per stage, [..., pp]."""
+    per_run = [part_states(graph, stack, part, is_expert) for part in graph.parts for is_expert in (False, True)]
+    runs = np.repeat(part_runs(graph), 2, axis=0)
+    return [over_stages(state, runs) for state in zip(*per_run, strict=True)]
+
+
+def _kept(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array, Array, Array]:
+    """Per microbatch and stage: activations, logits, casts of blocks' weights, casts of the head's."""
+    kept = [kept_bytes(part, graph, stack) for part in graph.parts]
+    casts = [sum(cast_bytes(cost, graph, stack) for cost in part.costs) for part in graph.parts]
+    is_kept = graph.workload.recompute == "none"
+    of_blocks = [value if part.is_block and is_kept else 0.0 for part, value in zip(graph.parts, casts, strict=True)]
+    of_head = [value if not part.is_block else 0.0 for part, value in zip(graph.parts, casts, strict=True)]
+    runs = part_runs(graph)
+    activations, logits = ([values[i] for values in kept] for i in (0, 1))
+    return over_stages(activations, runs), over_stages(logits, runs), over_stages(of_blocks, runs), over_stages(of_head, runs)
