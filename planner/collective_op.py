@@ -55,4 +55,7 @@ class Collective:
             )
         slice_bytes = split / np.maximum(shard.tp, 1)
         taken, made = (full, whole + slice_bytes) if self.pattern == "enter" else (slice_bytes, split)
-        return OpCost(self, transfers=transfers, grad_output_bytes=taken, grad_input_bytes=made, num_kernels=0)
+        copied = split * (np.asarray(shard.micro_batch_size) > 1) * numerics.copies_gathered
+        return OpCost(
+            self, transfers=transfers, workspace_bytes=copied, grad_output_bytes=taken, grad_input_bytes=made, num_kernels=0
+        )  # fmt: skip

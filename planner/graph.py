@@ -126,6 +126,8 @@ def make_numerics(workload: Workload, stack: StackSpec, precision: Precision) ->
         fused_activation=stack.fused_activation,
         fused_norm=stack.fused_norm,
         saves_gathered_input=stack.saves_gathered_input,
+        copies_gathered=stack.copies_gathered,
+        loops_experts=stack.loops_experts,
         writes_masks=stack.attention_masks,
         gathers_keys=stack.context_parallel == "gather",
         lora_rank=(workload.lora_rank or DEFAULT_LORA_RANK) if workload.job == "lora" else 0,

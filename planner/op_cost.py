@@ -73,6 +73,10 @@ class Numerics:
     """Attention is told by a tensor which keys a query sees, wherever a plain causal kernel would not know: windows, gathered keys."""
     gathers_keys: bool = False
     """Context parallelism gathers keys and values of the whole sequence (arXiv:2407.21783, 3.3.2), instead of passing them around a ring."""
+    copies_gathered: bool = False
+    """Sequence parallelism's gathers and scatters need a copy in another order of dims, unless there is one sequence."""
+    loops_experts: bool = False
+    """One expert after the other, not all in one kernel: activations' gradients live for one of them at a time."""
     lora_rank: int = 0
     """0: every weight is trained."""
     expert_imbalance: float = 1.0

@@ -62,6 +62,8 @@ class Linear:
     """Runs in eight chunks of its rows where the loss is chunked (the head)."""
     shares_input: bool = False
     """With an op before it: their gradients are added up."""
+    enters_again: bool = False
+    """Its input is another op's too, but what sequence parallelism gathers of it is its own."""
     is_only_added: bool = False
     """Nothing but a sum needs its result, and it is not its block's last op."""
     kind: str = field(default="matmul", init=False)
@@ -85,6 +87,8 @@ class Linear:
             is_gathered = self.split != "column" or numerics.saves_gathered_input
             kept_rows = rows if is_gathered else shard.local_tokens * self.token_fraction
             saved[self.saves_input] = kept_rows * inner * numerics.saved_matmul_bytes
+        if self.enters_again and numerics.saves_gathered_input:
+            saved["norm"] = rows * inner * numerics.saved_matmul_bytes * (np.asarray(shard.sequence_parallel) & (np.asarray(t) > 1))
         b, workspace = numerics.compute_bytes, 0.0 * weight
         trained = 0.0 if is_frozen or self.is_tied else weight
         is_embedding = self.category == "embedding"
@@ -160,6 +164,11 @@ class GroupedLinear:
         saved: dict[Producer, Array] = {}
         if self.saves_input is not None:
             saved[self.saves_input] = rows * inner * numerics.saved_matmul_bytes
+        taken, made = rows * outer * b, rows * inner * b
+        if numerics.loops_experts:
+            # The gradient of all results stays until the last expert is done; those of the inputs are pieces until then.
+            is_down = self.split == "row"
+            taken, made = (0.0 * taken, made / num_local) if is_down else (taken / num_local + (not self.shares_input) * made, made)
         return OpCost(
             self,
             matrix_params=adapter if is_frozen else weight,
@@ -175,8 +184,8 @@ class GroupedLinear:
             forward_bytes=b * (rows * inner + weight + rows * outer),
             backward_bytes=b * (2 * rows * outer + 2 * weight + 2 * rows * inner),
             saved=saved,
-            grad_output_bytes=rows * outer * b,
-            grad_input_bytes=rows * inner * b,
+            grad_output_bytes=taken,
+            grad_input_bytes=made,
             gemm=(rows / num_local, outer, inner),
             num_gemms=num_local,
         )
@@ -278,6 +287,8 @@ class Elementwise:
     num_between: float = 0.0
     """Features per token between the two kernels that this is where the stack does not fuse activations (silu of the gate)."""
     tokens_scale: float = 1.0
+    num_experts: int = 0
+    """Of an op between experts' matmuls."""
     is_residual: bool = False
     """x + f(x): its gradient goes on to both as it is."""
     kind: str = field(default="memory", init=False)
@@ -292,6 +303,7 @@ class Elementwise:
         else:
             rows = shard.region_tokens(self.region) * self.tokens_scale / shard.region_split(self.region)
         b = numerics.compute_bytes
+        at_once = b * rows / (self.num_experts / shard.ep if self.num_experts and numerics.loops_experts else 1)
         between = 0.0 if numerics.fused_activation else self.num_between
         saved: dict[Producer, Array] = {}
         for producer, width in self.saves:
@@ -309,8 +321,8 @@ class Elementwise:
             forward_bytes=b * rows * (self.reads + self.writes + 2 * between),
             backward_bytes=b * rows * (self.writes + 2 * self.reads + 3 * between),
             saved=saved,
-            grad_output_bytes=0.0 if self.is_residual else b * rows * self.writes,
-            grad_input_bytes=0.0 if self.is_residual else b * rows * self.reads,
+            grad_output_bytes=0.0 if self.is_residual else at_once * self.writes,
+            grad_input_bytes=0.0 if self.is_residual else at_once * self.reads,
             num_kernels=2 if between else 1,
         )
 

@@ -11,7 +11,7 @@ from planner.graph import Part, StepGraph
 from planner.stack import StackSpec
 from planner.states import wraps_weights
 
-__all__ = ["Sharding", "gathered_params"]
+__all__ = ["Sharding", "expert_params", "gathered_params"]
 
 Array = Any
 
@@ -67,6 +67,12 @@ class Sharding:
             np.where(~is_wrapped & in_place, 1.0 + 4.0 / compute * is_mixed, 1.0),
         )
         return Sharding(*(np.asarray(rate)[..., None] for rate in rates))
+
+
+def expert_params(part: Part, graph: StepGraph) -> Array:
+    """Of them, those of a unit of its own: experts that expert parallelism has split."""
+    experts = part.param_total("matrix_params", is_expert=True) + part.param_total("vector_params", is_expert=True)
+    return experts * (np.asarray(graph.layout.ep) > 1)
 
 
 def gathered_params(part: Part, graph: StepGraph) -> Array:

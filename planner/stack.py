@@ -71,6 +71,10 @@ class StackSpec(Spec):
     """Schedules whose stages hold what they sent, activations and gradients, until the step ends."""
     pipeline_waits: bool = False
     """Pipelines keep weights gathered and gradients whole until the step's last microbatch, whatever the ZeRO stage."""
+    copies_gathered: bool = False
+    """What sequence parallelism gathers or scatters is copied into another order of dims, unless a microbatch has one sequence."""
+    loops_experts: bool = False
+    """Experts run one after the other, not in one grouped kernel."""
     attention_masks: bool = False
     """Attention takes a tensor that says which keys each query sees, where plain causal or full attention does not."""
     context_parallel: Literal["ring", "gather"] = "ring"

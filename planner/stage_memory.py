@@ -13,7 +13,7 @@ import numpy as np
 from planner.backward import cast_bytes, kept_bytes, walk
 from planner.graph import Part, StepGraph, over_stages, part_runs
 from planner.schedules import SCHEDULES
-from planner.sharding import Sharding, gathered_params
+from planner.sharding import Sharding, expert_params, gathered_params
 from planner.stack import StackSpec
 from planner.states import part_states, wraps_weights
 
@@ -151,20 +151,20 @@ class StageMemory:
         """The head, if there is one, is done."""
         head = self.ends[1]
         is_apart = head.is_there & ~np.asarray(self.graph.model.tie_word_embeddings)
-        before = np.where(is_apart, head.params, np.where(head.is_there, self.before(), self.block.params))
+        before = np.where(is_apart, head.params, np.where(head.is_there, self.before(), self.block.own_params))
         return self._block(self.in_flight, self.there, head.kept, before)
 
     def in_second_block(self) -> Terms:
         """The block before it leaves, not the head."""
-        return _only(self.block.count > 1, self._block(self.in_flight, self.there, self.ends[1].kept + self.block.kept, self.block.params))
+        return _only(self.block.count > 1, self._block(self.in_flight, self.there, self.ends[1].kept + self.block.kept, self.block.own_params))
 
     def in_next_blocks(self) -> Terms:
         """One microbatch is done, and gradients are there."""
-        return _only(self.has_next & self.is_late, self._block(self.most_with_all, np.ones_like(self.there), 0.0, self.block.params))
+        return _only(self.has_next & self.is_late, self._block(self.most_with_all, np.ones_like(self.there), 0.0, self.block.own_params))
 
     def in_last_block(self) -> Terms:
         """All other blocks are done, and their gradients there."""
-        found = self._block(np.ones_like(self.in_flight), 0.0 * self.there, 0.0, self.block.params)
+        found = self._block(np.ones_like(self.in_flight), 0.0 * self.there, 0.0, self.block.own_params)
         found["activations"] = {"kept by the first layers": self.ends[0].kept + np.minimum(self.block.kept, self.block.saved)}
         found["gradients"]["of earlier microbatches"] = np.maximum(self.gradients - self.ends[0].gradients - self.block.gradients, 0.0)
         found["cast_weights"] = {"of this block": self.block.casts}
@@ -175,9 +175,10 @@ class StageMemory:
         """FSDP copies a block's gradients into the buffer that leaves."""
         found = self._in_backward(self.in_flight, self.there)
         done = self.activations * self.in_flight - self.ends[1].kept - self.block.kept - self.block.later
-        moving = 2 * self.sharding.gathered + self.sharding.unreduced + self.sharding.leaving
+        unit = np.maximum(self.block.own_params, self.block.params - self.block.own_params)
+        moving = 2 * self.block.params * self.sharding.gathered + unit * (self.sharding.unreduced + self.sharding.leaving)
         found["activations"] = {"kept by the forward pass": done}
-        found["gathered_weights"] = {**self._whole(self.there), "of two blocks, and gradients that leave": self.block.params * moving}
+        found["gathered_weights"] = {**self._whole(self.there), "of two blocks, and gradients that leave": moving}
         found["temporaries"] = {"gradient of the residual stream": self.block.stream, "gradient of the tied table, from the head": self._tied()}
         return _only(self.sharding.leaving > 0, found)
 
@@ -197,7 +198,7 @@ class StageMemory:
             "gathered_weights": {
                 **self._whole(1.0 - is_last),
                 "of the stage": np.where(is_last, first.params * self.sharding.kept, self.gathered),
-                "gradients of a block, that leave": self.block.params * self.sharding.leaving,
+                "gradients of a block, that leave": self.block.own_params * self.sharding.leaving,
             },
         }  # fmt: skip
         return _only(first.is_there, terms)
@@ -235,6 +236,8 @@ class _Block:
     kept: Array
     kept_casts: Array
     params: Array
+    own_params: Array
+    """Without experts that FSDP gathers apart."""
     gradients: Array
     stream: Array
     count: Array
@@ -276,6 +279,7 @@ def _worst_block(graph: StepGraph, stack: StackSpec, sharding: Sharding) -> _Blo
                 kept=_stage_axis(own),
                 kept_casts=_stage_axis(casts),
                 params=_stage_axis(gathered_params(part, graph)),
+                own_params=_stage_axis(gathered_params(part, graph) - expert_params(part, graph)),
                 gradients=_stage_axis(gradients),
                 stream=_stage_axis(stream),
                 count=part.counts,

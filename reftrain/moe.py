@@ -128,8 +128,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         """Each expert's rows through its own layer."""
-        up, down = local(self.up).to(x.dtype), local(self.down).to(x.dtype)
-        gate = None if self.gate is None else local(self.gate).to(x.dtype)
+        # Unbound, not indexed: each index would make a gradient of the size of all experts.
+        up, down = local(self.up).to(x.dtype).unbind(), local(self.down).to(x.dtype).unbind()
+        gate = None if self.gate is None else local(self.gate).to(x.dtype).unbind()
         out = []
         for i, rows in enumerate(torch.split(x, counts)):
             inner = functional.linear(rows, up[i])

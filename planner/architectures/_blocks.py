@@ -161,11 +161,11 @@ def mla_attention(spec: ModelSpec, mla: Mla) -> Ops:
     )
 
 
-def feed_forward(spec: ModelSpec, *, width: int | None = None, prefix: str = "mlp", input_kept: bool = True) -> Ops:
+def feed_forward(spec: ModelSpec, *, width: int | None = None, prefix: str = "mlp", input_kept: bool = True, enters_again: bool = False) -> Ops:
     """Up (and gate), activation, down."""
     h, f = spec.hidden_size, width or spec.intermediate_size
     kept: Producer | None = "norm" if input_kept else None
-    up: Ops = (Linear(name=f"{prefix}.up", in_features=h, out_features=f, bias=spec.mlp_bias, saves_input=kept),)
+    up: Ops = (Linear(name=f"{prefix}.up", in_features=h, out_features=f, bias=spec.mlp_bias, saves_input=kept, enters_again=enters_again),)
     if spec.is_gated:
         up += (Linear(name=f"{prefix}.gate", in_features=h, out_features=f, bias=spec.mlp_bias, saves_input=None, shares_input=True),)
     branches = 2 if spec.is_gated else 1
@@ -203,6 +203,7 @@ def mixture(spec: ModelSpec, moe: Moe) -> Ops:
             saves=(("matmul", branches * f),),
             num_between=f * (branches - 1),
             tokens_scale=k,
+            num_experts=moe.num_experts,
             is_expert=True,
         ),
         experts("down", f, h, "row", "activation"),
@@ -210,7 +211,7 @@ def mixture(spec: ModelSpec, moe: Moe) -> Ops:
         Elementwise(name="experts.unpermute", reads=k * h, writes=h, saves=(("matmul", k * h),), is_expert=True),
     )
     if moe.shared_intermediate_size:
-        ops += feed_forward(spec, width=moe.shared_intermediate_size, prefix="shared", input_kept=False)
+        ops += feed_forward(spec, width=moe.shared_intermediate_size, prefix="shared", input_kept=False, enters_again=True)
         if moe.has_shared_gate:
             ops += (
                 Linear(name="shared_gate", in_features=h, out_features=1, split="none", saves_input=None, is_adapted=False),
