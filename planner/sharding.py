@@ -30,6 +30,8 @@ class Sharding:
     """A gradient in compute format, before it leaves."""
     leaving: Array
     """A gradient in the buffer in which it leaves, until the next part's does."""
+    leaves_each: Array
+    """Whether gradients leave in every microbatch."""
     leaves_before: Array
     """Whether the last part's buffer of one microbatch is still there in the next."""
     summed: Array
@@ -57,9 +59,10 @@ class Sharding:
         rates = (
             np.where(drops, compute + precision.quantized_weight_bytes, 0.0),
             np.where(sends & is_sharded & (drops | ~many), compute, 0.0),
-            np.where(is_wrapped & ~drops & in_place & (is_sharded | is_mixed | (np.asarray(graph.layout.tp) > 1)), compute, 0.0),
+            np.where(is_wrapped & ~drops & in_place, compute, 0.0),
             np.where(sends, compute, 0.0),
             np.where(sends, stack.reduce_bytes, 0.0),
+            sends & ~is_summed,
             sends & many & (zero >= 2) & (not waits),
             np.where(is_summed, 4.0, 0.0),
             np.where(~is_wrapped & in_place, 4.0, 0.0),

@@ -47,25 +47,32 @@ class StageMemory:
         self.ends = [_End(graph, stack, index) for index in (0, -1)]
         self.block = _worst_block(graph, stack, self.sharding)
         count = np.asarray(graph.num_microbatches, float)[..., None]
+        waits = stack.pipeline_waits and layout.pp > 1
         has_buckets = (np.asarray(layout.dp) > 1) & (np.asarray(layout.zero_stage) == 0) & ~wraps_weights(graph)
         # share of the gradients that are there when as much is in flight as ever: none where all of the step is
         is_anew = ~has_buckets[..., None] & stack.frees_gradients
         self.there = np.where(is_anew, np.clip(count - self.in_flight, 0.0, 1.0), 1.0)
         self.is_late = self.there < 1
+        # a chunk's gradients leave after its last microbatch
+        one_chunk = np.clip((count - self.in_flight) * layout.num_virtual_stages, 0.0, 1.0)
+        self.there_summed = np.where(count <= layout.pp, one_chunk, self.there) if waits and layout.num_virtual_stages > 1 else self.there
         self.most_with_all = np.minimum(self.in_flight, np.maximum(count - 1, 0.0))
         self.has_next = count > 1
         runs = part_runs(graph)
         stage_params = over_stages([gathered_params(part, graph) for part in graph.parts], runs)
-        waits = stack.pipeline_waits and layout.pp > 1
         # Chunks of a stage take turns: three are whole at once, or the one that goes backwards; and until as many microbatches as there
         # are stages have been through, one has gradients.
         chunks = layout.num_virtual_stages if waits else 1
         self.gathered = stage_params * self.sharding.kept * min(WHOLE_CHUNKS, chunks) / chunks
         self.summed = stage_params * self.sharding.summed * np.where(count <= layout.pp, 1 / chunks, 1.0)
         self.shards = np.where(self.summed > 0, 0.0, self.gradients)
+        # beside activations; pipelines that wait have none left by then
+        self.leaves = (self.sharding.leaving > 0) & ((layout.pp == 1) | self.sharding.leaves_each)
         self.messages = _Messages(graph, stack, self.in_flight)
         # what all instants have: masks, tokens and targets, outputs that wait for their gradients, the gradients that weights wait for
+        self.splits = schedule.splits_backward
         waiting = schedule.waiting(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
+        self.made_for_weights = over_stages([_output_gradients(part) for part in graph.parts], runs)
         is_tied = graph.model.tie_word_embeddings and layout.pp == 1
         self.tied = self.ends[1].tied * is_tied
         self.throughout: Terms = {
@@ -75,7 +82,7 @@ class StageMemory:
                 "outputs of the stage": self.messages.outputs,
                 "inputs that lie in buffers": -self.messages.inputs,
             },
-            "temporaries": {"gradients that weights wait for": waiting * over_stages([_output_gradients(part) for part in graph.parts], runs)},
+            "temporaries": {"gradients that weights wait for": waiting * self.made_for_weights},
         }
 
     def at_loss(self) -> Terms:
@@ -87,7 +94,7 @@ class StageMemory:
             "logits": {"of the loss": self.logits * self.in_flight, "of one chunk": head.workspace, "hidden states": head.hidden},
             "cast_weights": {"of matmuls": self.casts * self.in_flight + self.head_casts * (self.in_flight if self.keeps_head else 1)},
             "gathered_weights": {
-                **self._whole(self.there),
+                **self._whole(self.there_summed),
                 "of the head, and as it arrived": head.params * (self.sharding.gathered + self.sharding.arrived),
                 "gradients of the microbatch before, that leave": self.before() * self.sharding.leaving,
             },
@@ -105,9 +112,12 @@ class StageMemory:
         terms = {
             **self._in_backward(self.in_flight, self.there),
             "activations": {"kept by the forward pass": self.activations * self.in_flight - head.kept},
-            "gathered_weights": {**self._whole(self.there), "of the head, and its gradients that leave": head.params * moving},
+            "gathered_weights": {**self._whole(self.there_summed), "of the head, and its gradients that leave": head.params * moving},
         }
-        return _only(head.is_there & (self.sharding.leaving > 0) & ~np.asarray(self.graph.model.tie_word_embeddings), terms)
+        return _only(
+            head.is_there & self.leaves & ~np.asarray(self.graph.model.tie_word_embeddings),
+            terms,
+        )
 
     def _in_backward(self, in_flight: Array, there: Array) -> Terms:
         """Beside activations."""
@@ -123,7 +133,7 @@ class StageMemory:
         tied = self.tied * self.sharding.gathered
         return {"of the stage": self.gathered, "of the tied table": tied, "sums of gradients": self.summed * there}
 
-    def _block(self, in_flight: Array, there: Array, ends_kept: Array, before: Array) -> Terms:
+    def _block(self, in_flight: Array, there: Array, there_summed: Array, ends_kept: Array, before: Array) -> Terms:
         """One block of one of the microbatches in flight goes backwards; `before`: parameters of the part that went before it."""
         found = self._in_backward(in_flight, there)
         again = np.maximum(self.block.saved - self.block.kept, 0.0)
@@ -133,14 +143,21 @@ class StageMemory:
         found["activations"] = {"kept by the forward pass": self.activations * in_flight - ends_kept - freed - self.block.later}
         found["cast_weights"]["of this block"] = self.block.casts - self.block.kept_casts
         found["recompute_workspace"] = {"of this block": again}
+        one_op = self.block.temporaries - self.messages.arriving
+        if self.splits:  # what the weights' gradients need stays, and what was made for them
+            found["activations"] = {"kept by the forward pass": self.activations * in_flight}
+            found["logits"] = {"of the microbatches": self.logits * in_flight}
+            one_op = np.maximum(one_op, self.made_for_weights)
         found["temporaries"] = {
-            "of one op": self.block.temporaries - self.messages.arriving,
+            "of one op": one_op,
             "gradient of the tied table, from the head": self._tied(),
         }
         found["gathered_weights"] = {
-            **self._whole(there), "of two blocks": 2 * self.block.params * self.sharding.gathered,
-            "gradients that leave": before * self.sharding.leaving, "gradients of this block": self.block.made * self.sharding.unreduced,
-        }  # fmt: skip
+            **self._whole(there_summed),
+            "of two blocks": 2 * self.block.params * self.sharding.gathered,
+            "gradients that leave": before * self.sharding.leaving * self.sharding.leaves_each,
+            "gradients of this block": self.block.made * self.sharding.unreduced,
+        }
         return found
 
     def _tied(self) -> Array:
@@ -152,24 +169,34 @@ class StageMemory:
         head = self.ends[1]
         is_apart = head.is_there & ~np.asarray(self.graph.model.tie_word_embeddings)
         before = np.where(is_apart, head.params, np.where(head.is_there, self.before(), self.block.own_params))
-        return self._block(self.in_flight, self.there, head.kept, before)
+        return self._block(self.in_flight, self.there, self.there_summed, head.kept, before)
 
     def in_second_block(self) -> Terms:
         """The block before it leaves, not the head."""
-        return _only(self.block.count > 1, self._block(self.in_flight, self.there, self.ends[1].kept + self.block.kept, self.block.own_params))
+        ends_kept = self.ends[1].kept + self.block.kept
+        found = self._block(self.in_flight, self.there, self.there_summed, ends_kept, self.block.own_params)
+        return _only(self.block.count > 1, found)
 
     def in_next_blocks(self) -> Terms:
         """One microbatch is done, and gradients are there."""
-        return _only(self.has_next & self.is_late, self._block(self.most_with_all, np.ones_like(self.there), 0.0, self.block.own_params))
+        all_there = np.ones_like(self.there)
+        found = self._block(self.most_with_all, all_there, all_there, 0.0, self.block.own_params)
+        return _only(self.has_next & self.is_late, found)
 
     def in_last_block(self) -> Terms:
-        """All other blocks are done, and their gradients there."""
-        found = self._block(np.ones_like(self.in_flight), 0.0 * self.there, 0.0, self.block.own_params)
-        found["activations"] = {"kept by the first layers": self.ends[0].kept + np.minimum(self.block.kept, self.block.saved)}
-        found["gradients"]["of earlier microbatches"] = np.maximum(self.gradients - self.ends[0].gradients - self.block.gradients, 0.0)
-        found["cast_weights"] = {"of this block": self.block.casts}
-        found["gathered_weights"]["of the stage"] = (self.ends[0].params + self.block.params) * self.sharding.kept
-        return _only((self.there == 0) & (self.in_flight <= 1), found)
+        """Of the first microbatch: all its other blocks are done, and their gradients there."""
+        first, others = self.ends[0], np.maximum(self.in_flight - 1, 0)
+        found = self._block(self.in_flight, 0.0 * self.there, 0.0 * self.there, 0.0, self.block.own_params)
+        not_made = first.params + self.block.params
+        kept = self.activations * others + first.kept + np.minimum(self.block.kept, self.block.saved)
+        found["activations"] = {"kept by the forward pass": kept}
+        found["gradients"]["of earlier microbatches"] = np.maximum(self.shards - first.gradients - self.block.gradients, 0.0)
+        found["cast_weights"] = {"of matmuls": self.casts * others, "of this block": self.block.casts}
+        found["gathered_weights"] |= {
+            "of the stage": np.where(self.has_next, self.gathered, not_made * self.sharding.kept),
+            "sums of gradients": np.maximum(self.summed - not_made * self.sharding.summed, 0.0),
+        }
+        return _only(self.there == 0, found)
 
     def at_reduce(self) -> Terms:
         """FSDP copies a block's gradients into the buffer that leaves."""
@@ -178,9 +205,9 @@ class StageMemory:
         unit = np.maximum(self.block.own_params, self.block.params - self.block.own_params)
         moving = 2 * self.block.params * self.sharding.gathered + unit * (self.sharding.unreduced + self.sharding.leaving)
         found["activations"] = {"kept by the forward pass": done}
-        found["gathered_weights"] = {**self._whole(self.there), "of two blocks, and gradients that leave": moving}
+        found["gathered_weights"] = {**self._whole(self.there_summed), "of two blocks, and gradients that leave": moving}
         found["temporaries"] = {"gradient of the residual stream": self.block.stream, "gradient of the tied table, from the head": self._tied()}
-        return _only(self.sharding.leaving > 0, found)
+        return _only(self.leaves, found)
 
     def at_embedding(self) -> Terms:
         """The table's gradient is made whole, and then added."""

@@ -116,7 +116,7 @@ def _held(trace: Trace, stage: int) -> Input:
     held = float(trace.schedule.in_flight(layout.pp, layout.num_virtual_stages, count)[..., stage])
     origin = f"microbatches that schedule {layout.schedule} holds on stage {stage}"
     instant = _instant(trace, stage)
-    fewer = {"next blocks": min(held, count - 1), "embedding": max(held - 1, 0.0), "last block": 1.0, "update": 0.0}
+    fewer = {"next blocks": min(held, count - 1), "embedding": max(held - 1, 0.0), "update": 0.0}
     return Input("in_flight", fewer.get(instant, held), f"{origin}, {INSTANTS[instant]}")
 
 

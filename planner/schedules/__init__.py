@@ -52,6 +52,8 @@ class Schedule(ABC):
     """Whether num_virtual_stages must be 2 or more."""
     usual_virtual_stages: tuple[int, ...] = (1,)
     """The num_virtual_stages that a search tries."""
+    splits_backward: bool = False
+    """Whether gradients of the weights are made apart from those of the inputs."""
     parameter_copies: int = 1
     """How often the pipeline as a whole stores the model. The model is cut into pp * num_virtual_stages / parameter_copies slices."""
 
