@@ -53,6 +53,8 @@ class StageMemory:
         is_anew = ~has_buckets[..., None] & stack.frees_gradients
         self.there = np.where(is_anew, np.clip(count - self.in_flight, 0.0, 1.0), 1.0)
         self.is_late = self.there < 1
+        # the head's chunk is the last of the stage's, and comes back at once
+        self.past_head = np.minimum(self.in_flight, 1.0) if layout.num_virtual_stages > 1 else self.in_flight
         # a chunk's gradients leave after its last microbatch
         one_chunk = np.clip((count - self.in_flight) * layout.num_virtual_stages, 0.0, 1.0)
         self.there_summed = np.where(count <= layout.pp, one_chunk, self.there) if waits and layout.num_virtual_stages > 1 else self.there
@@ -91,7 +93,7 @@ class StageMemory:
         others = {
             "gradients": {"of earlier microbatches": self.shards * self.there},
             "activations": {"kept by the forward pass": self.activations * self.in_flight},
-            "logits": {"of the loss": self.logits * self.in_flight, "of one chunk": head.workspace, "hidden states": head.hidden},
+            "logits": {"of the loss": self.logits * self.past_head, "of one chunk": head.workspace, "hidden states": head.hidden},
             "cast_weights": {"of matmuls": self.casts * self.in_flight + self.head_casts * (self.in_flight if self.keeps_head else 1)},
             "gathered_weights": {
                 **self._whole(self.there_summed),
@@ -125,7 +127,7 @@ class StageMemory:
         head = self.ends[1]
         return {
             "gradients": {"of earlier microbatches": self.shards * there + head.gradients * (1 - there) * (self.summed == 0)},
-            "logits": {"of other microbatches": self.logits * others},
+            "logits": {"of other microbatches": self.logits * np.minimum(others, np.maximum(self.past_head - 1, 0))},
             "cast_weights": {"of matmuls": self.casts * in_flight + self.head_casts * others * self.keeps_head},
         }
 
