@@ -8,7 +8,7 @@ costs then have shape [n], and with a stage axis [n, pp].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,8 +26,10 @@ from planner.workload import Workload
 __all__ = [
     "Part",
     "StepGraph",
+    "at_stages",
     "build_step_graph",
     "count_params",
+    "first_of_each_kind",
     "make_numerics",
     "model_flops_per_token",
     "over_stages",
@@ -97,6 +99,18 @@ class StepGraph:
 def part_runs(graph: StepGraph) -> np.ndarray:
     """How often each part runs on each stage per microbatch, [parts, pp]."""
     return np.stack([part.counts for part in graph.parts])
+
+
+def first_of_each_kind(graph: StepGraph) -> np.ndarray:
+    """Indices of the stages whose parts no stage before them has the same numbers of."""
+    _, first = np.unique(part_runs(graph), axis=1, return_index=True)
+    return np.sort(first)
+
+
+def at_stages(graph: StepGraph, stages: np.ndarray) -> StepGraph:
+    """The same with some of its stages."""
+    parts = (replace(part, counts=part.counts[stages], later=tuple(count[stages] for count in part.later)) for part in graph.parts)
+    return replace(graph, parts=tuple(parts))
 
 
 @lru_cache(maxsize=4096)

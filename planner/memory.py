@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from planner.hardware import Cluster
 from planner.stack import StackSpec
 from planner.stage_memory import StageMemory, Terms
 
-__all__ = ["INSTANTS", "MemoryBreakdown", "estimate_memory", "memory_terms"]
+__all__ = ["INSTANTS", "MemoryBreakdown", "estimate_memory", "memory_terms", "peak_memory"]
 
 Array = Any
 
@@ -90,20 +91,39 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     Source: arXiv:1910.02054 (ZeRO), 2205.05198 (activations), 2104.04473 (in flight), 2304.11277 (FSDP).
     """
     lasting, found = memory_terms(graph, stack)
-    names = MemoryBreakdown.CHANGING
-    sums = [{name: sum(terms.get(name, {}).values(), np.zeros(1)) for name in names} for terms in found.values()]
-    totals = [sum(parts.values()) for parts in sums]
-    shape = np.broadcast_shapes(*(np.shape(total) for total in totals), *(np.shape(value) for value in lasting.values()))
+    at = [_by_part(lasting, terms) for terms in found.values()]
+    totals = [_sum(parts) for parts in at]
+    shape = np.broadcast_shapes(*(np.shape(total) for total in totals))
     instant = np.argmax(np.stack([np.broadcast_to(total, shape) for total in totals]), axis=0)
-    parts = {name: np.choose(instant, [np.broadcast_to(each[name], shape) for each in sums]) for name in names}
-    parts |= {name: np.broadcast_to(value, shape) for name, value in lasting.items()}
-    slack = sum(parts.values()) * stack.allocator_slack_fraction
+    parts = {name: np.choose(instant, [np.broadcast_to(each[name], shape) for each in at]) for name in at[0]}
+    slack = _sum(parts) * stack.allocator_slack_fraction
     return MemoryBreakdown(**parts, context=np.full(shape, stack.context), allocator_slack=slack, instant=instant)
 
 
-def memory_terms(graph: StepGraph, stack: StackSpec) -> tuple[dict[str, Array], dict[str, Terms]]:
-    """(bytes that are always there, by part; what is there besides, by instant)."""
-    held = StageMemory(graph, stack)
+def peak_memory(graph: StepGraph, stack: StackSpec) -> Array:
+    """`estimate_memory(...).peak_bytes`, [...], without the parts: for many layouts.
+
+    Stages of a kind that hold no more than the first of it are left out.
+    """
+    lasting, found = memory_terms(graph, stack, only_fullest=True)
+    largest = reduce(np.maximum, (_sum(_by_part(lasting, terms)) for terms in found.values()))
+    return np.max(largest + stack.context + largest * stack.allocator_slack_fraction, axis=-1)
+
+
+def _by_part(lasting: dict[str, Array], terms: Terms) -> dict[str, Array]:
+    """Bytes of each part, in the order of `PARTS`."""
+    names = (name for name in MemoryBreakdown.PARTS if name not in ("context", "allocator_slack"))
+    return {name: lasting[name] if name in lasting else sum(terms.get(name, {}).values(), np.zeros(1)) for name in names}
+
+
+def _sum(parts: dict[str, Array]) -> Array:
+    """One after the other, as `total_bytes` adds them."""
+    return sum(parts.values())
+
+
+def memory_terms(graph: StepGraph, stack: StackSpec, *, only_fullest: bool = False) -> tuple[dict[str, Array], dict[str, Terms]]:
+    """(bytes that are always there, by part; what is there besides, by instant). See `StageMemory` for `only_fullest`."""
+    held = StageMemory(graph, stack, only_fullest=only_fullest)
     found: dict[str, Terms] = {
         "loss": held.at_loss(),
         "head": held.at_head(),

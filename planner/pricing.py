@@ -15,7 +15,7 @@ import numpy as np
 
 from planner.graph import build_step_graph
 from planner.layout import Layout, LayoutArrays
-from planner.memory import estimate_memory
+from planner.memory import peak_memory
 from planner.resolve import Job
 from planner.timing import estimate_time
 
@@ -81,6 +81,6 @@ def price_layouts(job: Job, table: LayoutTable) -> Prices:
         graph = build_step_graph(
             job.model, job.workload, layouts, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
         )
-        peak_bytes[rows] = estimate_memory(graph, job.stack, job.cluster).peak_bytes
+        peak_bytes[rows] = peak_memory(graph, job.stack)
         step_s[rows] = estimate_time(graph, job.cluster, job.efficiency).step_s
     return Prices(step_s, peak_bytes, peak_bytes <= job.cluster.accelerator.memory_bytes)

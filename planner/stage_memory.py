@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from planner.backward import cast_bytes, kept_bytes, walk
-from planner.graph import Part, StepGraph, over_stages, part_runs
+from planner.graph import Part, StepGraph, at_stages, first_of_each_kind, over_stages, part_runs
 from planner.schedules import SCHEDULES
 from planner.sharding import Sharding, expert_params, gathered_params
 from planner.stack import StackSpec
@@ -33,14 +33,19 @@ class StageMemory:
 
     Until the backward pass frees it: what the forward pass keeps, times microbatches in flight. At the loss: what the head works with;
     in the blocks: what one block works with, gathers and recomputes.
+
+    Args:
+        only_fullest: of stages with the same parts the first alone, where the schedule says that it holds most; `pp` is then their number.
     """
 
-    def __init__(self, graph: StepGraph, stack: StackSpec) -> None:
+    def __init__(self, graph: StepGraph, stack: StackSpec, *, only_fullest: bool = False) -> None:
         layout, schedule = graph.layout, SCHEDULES[graph.layout.schedule]
+        stages = first_of_each_kind(graph) if only_fullest and schedule.first_holds_most else np.arange(layout.pp)
+        graph = graph if len(stages) == layout.pp else at_stages(graph, stages)
         self.graph, self.stack = graph, stack
         self.keeps_head = graph.numerics.loss_kernel != "chunked"  # which needs the head's weight no more
         self.weights, self.gradients, self.optimizer = (schedule.resident(state) for state in _states(graph, stack))
-        self.in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
+        self.in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)[..., stages]
         kept = _kept(graph, stack)
         self.activations, self.logits, self.casts, self.head_casts = (schedule.resident(each) / schedule.parameter_copies for each in kept)
         self.sharding = Sharding.of(graph, stack)
@@ -70,10 +75,10 @@ class StageMemory:
         self.shards = np.where(self.summed > 0, 0.0, self.gradients)
         # beside activations; pipelines that wait have none left by then
         self.leaves = (self.sharding.leaving > 0) & ((layout.pp == 1) | self.sharding.leaves_each)
-        self.messages = _Messages(graph, stack, self.in_flight)
+        self.messages = _Messages(graph, stack, self.in_flight, stages)
         # what all instants have: masks, tokens and targets, outputs that wait for their gradients, the gradients that weights wait for
         self.splits = schedule.splits_backward
-        waiting = schedule.waiting(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
+        waiting = schedule.waiting(layout.pp, layout.num_virtual_stages, graph.num_microbatches)[..., stages]
         self.made_for_weights = over_stages([_output_gradients(part) for part in graph.parts], runs)
         is_tied = graph.model.tie_word_embeddings and layout.pp == 1
         self.tied = self.ends[1].tied * is_tied
@@ -283,7 +288,7 @@ def _masks(graph: StepGraph) -> Array:
             if cost.op.kind == "attention":
                 window = getattr(cost.op, "window", 0)
                 by_window[window] = np.maximum(by_window.get(window, 0.0), _stage_axis(cost.mask_bytes) * (part.counts > 0))
-    return sum(by_window.values(), np.zeros(graph.layout.pp))
+    return sum(by_window.values(), np.zeros(len(graph.parts[0].counts)))
 
 
 def _worst_block(graph: StepGraph, stack: StackSpec, sharding: Sharding) -> _Block:
@@ -324,21 +329,24 @@ def _worst_block(graph: StepGraph, stack: StackSpec, sharding: Sharding) -> _Blo
 
 def _only(where: Array, terms: Terms) -> Terms:
     """Nothing where the instant does not come."""
+    if not np.any(where):
+        return {}
     return {part: {name: np.where(where, value, 0.0) for name, value in found.items()} for part, found in terms.items()}
 
 
 class _Messages:
     """What a pipeline stage holds of the activations and gradients that it receives and sends, [..., pp]; see `StackSpec`."""
 
-    def __init__(self, graph: StepGraph, stack: StackSpec, in_flight: Array) -> None:
+    def __init__(self, graph: StepGraph, stack: StackSpec, in_flight: Array, stages: np.ndarray) -> None:
         layout, count = graph.layout, np.asarray(graph.num_microbatches, float)[..., None]
         pp, chunks = layout.pp, layout.num_virtual_stages
         is_kept = stack.pipeline_keeps_outputs and pp > 1
         message = _stage_axis(graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes) * is_kept
         sent, received = np.full(pp, float(chunks)), np.full(pp, float(chunks))
         sent[-1], received[0] = chunks - 1.0, chunks - 1.0
+        sent, received = sent[stages], received[stages]
         waits = layout.schedule in stack.pipeline_waits_for_sends
-        waiting = SCHEDULES[layout.schedule].waiting(pp, chunks, count[..., 0])
+        waiting = SCHEDULES[layout.schedule].waiting(pp, chunks, count[..., 0])[..., stages]
         gradients = received * np.maximum(count - (in_flight - waiting), 0.0) if waits else 0.0
         self.buffers = message * ((sent + received) * count + gradients)
         self.outputs = message * sent * (count if waits else in_flight)

@@ -52,6 +52,8 @@ class Schedule(ABC):
     """Whether num_virtual_stages must be 2 or more."""
     usual_virtual_stages: tuple[int, ...] = (1,)
     """The num_virtual_stages that a search tries."""
+    first_holds_most: bool = True
+    """Whether no stage holds more microbatches than those before it."""
     splits_backward: bool = False
     """Whether gradients of the weights are made apart from those of the inputs."""
     parameter_copies: int = 1

@@ -25,6 +25,7 @@ class DualPipe(Schedule):
     """
 
     name = "dualpipe"
+    first_holds_most = False
     usual_virtual_stages = (2,)
     parameter_copies = 2
 

@@ -23,6 +23,7 @@ class ZeroBubbleH1(Schedule):
     """
 
     name = "zb_h1"
+    first_holds_most = False
     splits_backward = True
 
     def problems(self, pp: int, num_virtual_stages: int, num_microbatches: int) -> list[tuple[str, str]]:
