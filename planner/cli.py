@@ -187,6 +187,27 @@ def explain(
     sys.stdout.write(to_json(asdict(found)) if as_json else render_explanation(found, _width()))
 
 
+@app.command(epilog="Example: planner memory plan.yaml --svg memory.svg")
+def memory(
+    plan: Annotated[str, typer.Argument(metavar="PLAN.yaml")],
+    stage: Annotated[int | None, typer.Option(metavar="N", help="Pipeline stage to show; default the fullest.")] = None,
+    svg: Annotated[str | None, typer.Option(metavar="FILE.svg", help="Also draw every stage's step as a picture.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """What a device holds over a step: every instant, the peak, and which tensors are alive at it."""
+    from planner.files import to_json, write_text
+    from planner.peaks import memory_timeline
+    from planner.report.memory_svg import draw_memory
+    from planner.report.memory_text import render_memory
+
+    timeline = memory_timeline(_request(plan, {}))
+    if stage is not None and not 0 <= stage < len(timeline.stages):
+        raise InputError.single("stage", stage, f"must be 0 to {len(timeline.stages) - 1}", "name a stage of the plan")
+    if svg is not None:
+        write_text(svg, draw_memory(timeline))
+    sys.stdout.write(to_json(timeline.to_dict()) if as_json else render_memory(timeline, stage, _width()))
+
+
 @app.command(epilog="Example: planner compare a.yaml b.yaml")
 def compare(plans: Annotated[list[str], typer.Argument(metavar="PLAN.yaml PLAN.yaml ...")], as_json: JsonFlag = False) -> None:
     """Two to six plans side by side, differences first."""

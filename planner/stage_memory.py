@@ -17,13 +17,17 @@ from planner.sharding import Sharding, expert_params, gathered_params
 from planner.stack import StackSpec
 from planner.states import part_states, wraps_weights
 
-__all__ = ["StageMemory", "Terms"]
+__all__ = ["THROUGHOUT", "StageMemory", "Terms"]
 
 Array = Any
 Terms = dict[str, dict[str, Array]]
 """Part of the breakdown -> what -> bytes [..., pp]."""
 WHOLE_CHUNKS = 3
 """Chunks of one stage whose weights torch.distributed.pipelining gathers at a time."""
+THROUGHOUT = {
+    "masks of attention", "tokens and targets", "outputs of the stage", "inputs that lie in buffers", "gradients that weights wait for",
+}  # fmt: skip
+"""Terms that are there at every instant."""
 INDEX_BYTES = 8
 """Of a token."""
 

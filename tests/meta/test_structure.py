@@ -27,7 +27,7 @@ LEVELS: dict[str, int] = {
     **dict.fromkeys(("economics", "scaling_laws"), 6),
     **dict.fromkeys(("plan", "resolve", "pricing", "layout_space", "assemble"), 7),
     "estimate": 8,
-    **dict.fromkeys(("listing", "explain", "explanations", "compare", "remedies", "validation", "calibration", "measurements", "report"), 9),
+    **dict.fromkeys(("listing", "explain", "explanations", "compare", "peaks", "remedies", "validation", "calibration", "measurements", "report"), 9),
     **dict.fromkeys(("cli", "__main__"), 10),
 }  # fmt: skip
 """What a file may import: its own level and below. A new file needs a place in this list."""
