@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -151,6 +152,10 @@ def _loss(job: Job, params: Params) -> tuple[Loss | None, list[str]]:
     if job.workload.job != "pretrain" or not job.model.is_causal:
         return None, ["loss: no law for fine-tuning or masked language models"]
     found = predict_loss(params.active, job.tokens)
+    guessing = math.log(job.model.vocab_size)
+    if found.value > guessing:
+        text = f"{found.law.name} says {found.value:.3g} nats per token, and guessing among {job.model.vocab_size:,} tokens costs {guessing:.3g}"
+        return None, [f"loss: not predicted; {text}: so small a model or so few tokens are far outside the runs it was fitted on"]
     notes = [f"loss: {warning}" for warning in found.warnings]
     if job.model.is_moe:
         notes.append("loss: the law is for dense models; active parameters are put in, which is pessimistic")

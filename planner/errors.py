@@ -28,8 +28,12 @@ def shorten(value: object, limit: int = 80) -> str:
         text = repr(value)
     except Exception as error:  # a repr that fails (a 10_000-digit int, a cycle) must not hide the real problem
         text = f"<{type(value).__name__}, {type(error).__name__} when shown>"
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = _one_line(text)
     return text if len(text) <= limit else text[: limit - 3].rstrip() + "..."
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def nearest(name: object, known: Iterable[str], count: int = 3) -> tuple[str, ...]:
@@ -61,8 +65,8 @@ class Problem:
     """File, or file:line:column."""
 
     def __str__(self) -> str:
-        place = f"\n  in   {self.where}" if self.where else ""
-        return f"error: {self.key} = {shorten(self.value)}\n  rule {self.rule}\n  fix  {self.fix}{place}"
+        place = f"\n  in   {_one_line(self.where)}" if self.where else ""
+        return f"error: {_one_line(self.key)} = {shorten(self.value)}\n  rule {self.rule}\n  fix  {self.fix}{place}"
 
     def at(self, where: str) -> Problem:
         """The same problem, located; an already located one stays as it is."""
