@@ -152,11 +152,11 @@ def _loss(job: Job, params: Params) -> tuple[Loss | None, list[str]]:
     if job.workload.job != "pretrain" or not job.model.is_causal:
         return None, ["loss: no law for fine-tuning or masked language models"]
     found = predict_loss(params.active, job.tokens)
+    notes = [f"loss: {warning}" for warning in found.warnings]
     guessing = math.log(job.model.vocab_size)
     if found.value > guessing:
-        text = f"{found.law.name} says {found.value:.3g} nats per token, and guessing among {job.model.vocab_size:,} tokens costs {guessing:.3g}"
-        return None, [f"loss: not predicted; {text}: so small a model or so few tokens are far outside the runs it was fitted on"]
-    notes = [f"loss: {warning}" for warning in found.warnings]
+        text = f"loss: not predicted: the law's {found.value:.3g} nats per token are more than guessing costs, {guessing:.3g} among"
+        return None, [*notes, f"{text} {job.model.vocab_size:,} tokens"]
     if job.model.is_moe:
         notes.append("loss: the law is for dense models; active parameters are put in, which is pessimistic")
     return Loss(Interval(found.value, found.low, found.high), Interval(*found.perplexity), f"{found.law.name} ({found.law.source})"), notes

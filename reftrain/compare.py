@@ -129,7 +129,7 @@ def _loss_metrics(prediction: Prediction, summary: RunSummary) -> list[Metric]:
         return []
     name, perplexity = "training loss" if held_out is None else "held-out loss", math.exp(min(measured, 700.0))
     if prediction.loss is None or prediction.law_limits:
-        note = "no law for this job" if prediction.loss is None else "outside the law's range"
+        note = "outside the law's range" if prediction.law_limits else "no law for this job"
         found = [Metric(name, "nats/token", None, measured, gates=False, note=note)]
     else:
         nats, guess = prediction.loss.nats_per_token, prediction.loss.perplexity
