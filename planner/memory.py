@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.framework_buffers import placeholder_bytes
 from planner.graph import Part, StepGraph, over_stages, part_runs
 from planner.hardware import Cluster
 from planner.op_cost import OpCost
@@ -29,7 +30,7 @@ class MemoryBreakdown:
     weights: Array
     """Parameters as stored between steps, with low-precision copies."""
     gradients: Array
-    """Where they are made anew each step, those that live beside the activations which they replace."""
+    """Where they are made anew each step, those that live beside the activations which they replace. With placeholders."""
     optimizer: Array
     """Optimizer states and a separate fp32 master copy."""
     activations: Array
@@ -87,6 +88,7 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     """
     layout, schedule = graph.layout, SCHEDULES[graph.layout.schedule]
     weights, gradients, optimizer = (schedule.resident(state) for state in _states(graph, stack))
+    gradients = gradients + placeholder_bytes(graph, stack)
     in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
     activations, logits, casts, head_casts = (schedule.resident(kept) / schedule.parameter_copies for kept in _kept(graph, stack))
     others = np.maximum(in_flight - 1, 0)

@@ -23,7 +23,7 @@ LEVELS: dict[str, int] = {
     "stack": 2,
     "efficiency": 3,  # it prices an OpCost
     **dict.fromkeys(("schedules", "graph"), 4),
-    **dict.fromkeys(("memory", "timing"), 5),
+    **dict.fromkeys(("memory", "timing", "framework_buffers"), 5),
     **dict.fromkeys(("economics", "scaling_laws"), 6),
     **dict.fromkeys(("plan", "resolve", "pricing", "layout_space", "assemble"), 7),
     "estimate": 8,
