@@ -47,7 +47,7 @@ def estimate(
     job: Annotated[str | None, typer.Option(metavar="NAME", help="pretrain, finetune or lora.")] = None,
     lora_rank: Annotated[str | None, typer.Option(metavar="N", help="Rank of the adapters, with --job lora.")] = None,
     attention_kernel: Annotated[str | None, typer.Option(metavar="NAME", help="auto, flash or unfused.")] = None,
-    loss_kernel: Annotated[str | None, typer.Option(metavar="NAME", help="auto, fused, unfused or chunked.")] = None,
+    loss_kernel: Annotated[str | None, typer.Option(metavar="NAME", help="auto, fused, vocab_parallel, unfused or chunked.")] = None,
     offer: Annotated[str | None, typer.Option(metavar="NAME", help="Cloud offer, e.g. aws/p5.48xlarge.")] = None,
     pricing: Annotated[str | None, typer.Option(metavar="NAME", help="on_demand, spot, reserved_1y or reserved_3y.")] = None,
     price: Annotated[str | None, typer.Option(metavar="USD", help="Dollars per device-hour, instead of the catalog's.")] = None,

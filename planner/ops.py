@@ -89,7 +89,10 @@ class Linear:
             saved[self.saves_input] = kept_rows * inner * numerics.saved_matmul_bytes
         if self.enters_again and numerics.saves_gathered_input:
             saved["norm"] = rows * inner * numerics.saved_matmul_bytes * (np.asarray(shard.sequence_parallel) & (np.asarray(t) > 1))
-        b, workspace = numerics.compute_bytes, 0.0 * weight
+        b = numerics.compute_bytes
+        # What was kept as a slice is gathered once more for the weight gradient.
+        is_again = self.split == "column" and not numerics.saves_gathered_input and numerics.lora_rank == 0
+        workspace: Array = np.where(shard.sequence_parallel, is_again * rows * inner * b, 0.0) + 0.0 * weight
         trained = 0.0 if is_frozen or self.is_tied else weight
         is_embedding = self.category == "embedding"
         num_chunks: Array = 1
@@ -332,10 +335,11 @@ class Loss:
     """Softmax cross-entropy over the vocabulary of this device.
 
     Formula: bytes kept per logit: unfused 4 (fp32 probabilities) beside the logits themselves in compute format and
-    fp32; fused: the logits, overwritten by their gradient; chunked: none, as the head has its gradients already. `workspace_bytes`
-    is the gradient while the backward pass of the head runs, or one chunk of logits in fp32 and compute format. Classes split over t
-    ranks: each token's largest logit, sum of exponentials and target logit, in fp32, summed one after the other (Megatron-LM,
-    arXiv:1909.08053 section 3) or, chunked, gathered at once.
+    fp32; vocab_parallel 4: probabilities that took the place of an fp32 copy and will give it to their gradient (Megatron-Core,
+    VocabParallelCrossEntropy); fused: the logits, overwritten by their gradient; chunked: none, as the head has its gradients already.
+    `workspace_bytes` is the gradient while the backward pass of the head runs, or one chunk of logits in fp32 and compute format.
+    Classes split over t ranks: each token's largest logit, sum of exponentials and target logit, in fp32, summed one after the other
+    (Megatron-LM, arXiv:1909.08053 section 3) or, chunked, gathered at once.
     """
 
     name: str
@@ -351,6 +355,7 @@ class Loss:
         b = numerics.compute_bytes
         kept, transient, moved = {
             "unfused": (b + 4.0 + 4.0, 4.0 + b, 3 * b + 24.0),
+            "vocab_parallel": (4.0, b, 2 * b + 16.0),
             "fused": (b, 0.0, 3 * b),
             "chunked": (0.0, (4.0 + b * (b < 4)) / loss_chunks(rows), 3 * b),
         }[numerics.loss_kernel]
@@ -361,7 +366,7 @@ class Loss:
             saved={"logits": logits * kept} if numerics.loss_kernel != "chunked" else {},
             workspace_bytes=logits * transient,
             transfers=(self._exchange(shard, numerics),),
-            num_kernels=4 if numerics.loss_kernel == "unfused" else 1,
+            num_kernels=4 if numerics.loss_kernel in ("unfused", "vocab_parallel") else 1,
         )
 
     def _exchange(self, shard: Shard, numerics: Numerics) -> Transfer:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from planner.backward import cast_bytes, kept_bytes, walk
+from planner.framework_buffers import placeholder_bytes
 from planner.graph import Part, StepGraph, at_stages, first_of_each_kind, over_stages, part_runs
 from planner.schedules import SCHEDULES
 from planner.sharding import Sharding, expert_params, gathered_params
@@ -49,6 +50,7 @@ class StageMemory:
         self.graph, self.stack = graph, stack
         self.keeps_head = graph.numerics.loss_kernel != "chunked"  # which needs the head's weight no more
         self.weights, self.gradients, self.optimizer = (schedule.resident(state) for state in _states(graph, stack))
+        self.gradients = self.gradients + placeholder_bytes(graph, stack)
         self.in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)[..., stages]
         kept = _kept(graph, stack)
         self.activations, self.logits, self.casts, self.head_casts = (schedule.resident(each) / schedule.parameter_copies for each in kept)

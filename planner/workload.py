@@ -29,8 +29,9 @@ class Workload(Spec):
     recompute: Literal["none", "selective", "full"] = "none"
     attention_kernel: Literal["auto", "flash", "unfused"] = "auto"
     """`auto`: what the software stack uses."""
-    loss_kernel: Literal["auto", "fused", "unfused", "chunked"] = "auto"
-    """`unfused` keeps fp32 logits and probabilities; `fused` one copy in the compute format; `chunked` an eighth of it."""
+    loss_kernel: Literal["auto", "fused", "vocab_parallel", "unfused", "chunked"] = "auto"
+    """`unfused` keeps fp32 logits and probabilities; `vocab_parallel` fp32 probabilities; `fused` the logits in the compute format; `chunked`
+    an eighth of them."""
     lora_rank: PositiveInt | None = None
     """Rank of the adapters on all linear layers of the blocks; only with job: lora."""
 

@@ -23,7 +23,7 @@ LEVELS: dict[str, int] = {
     "stack": 2,
     "efficiency": 3,  # it prices an OpCost
     **dict.fromkeys(("schedules", "graph"), 4),
-    **dict.fromkeys(("states", "sharding", "backward", "stage_memory", "memory", "timing"), 5),
+    **dict.fromkeys(("states", "sharding", "backward", "framework_buffers", "stage_memory", "memory", "timing"), 5),
     **dict.fromkeys(("economics", "scaling_laws"), 6),
     **dict.fromkeys(("plan", "resolve", "pricing", "layout_space", "assemble"), 7),
     "estimate": 8,
