@@ -85,7 +85,7 @@ class StageMemory:
         # what all instants have: masks, tokens and targets, outputs that wait for their gradients, the gradients that weights wait for
         self.splits = schedule.splits_backward
         waiting = schedule.waiting(layout.pp, layout.num_virtual_stages, graph.num_microbatches)[..., stages]
-        self.made_for_weights = over_stages([_output_gradients(part) for part in graph.parts], runs)
+        self.made_for_weights = over_stages([_output_gradients(part, graph.numerics.compute_bytes) for part in graph.parts], runs)
         is_tied = graph.model.tie_word_embeddings and layout.pp == 1
         self.tied = self.ends[1].tied * is_tied
         self.throughout: Terms = {
@@ -360,11 +360,15 @@ class _Messages:
         self.arriving = message * np.minimum(sent, 1.0)
 
 
-def _output_gradients(part: Part) -> Array:
-    """Bytes of the gradients from which the part's weights get theirs."""
-    return sum(
-        cost.grad_output_bytes for cost in part.costs if cost.op.name != "head" and np.any(np.asarray(cost.matrix_params + cost.vector_params))
-    )
+def _output_gradients(part: Part, compute_bytes: float) -> Array:
+    """Bytes of the gradients from which the part's weights get theirs; the head's are made with the loss."""
+    total: Array = 0.0
+    for cost in part.costs:
+        if cost.gemm is not None and cost.op.name != "head":
+            total = total + cost.gemm[0] * cost.num_gemms * cost.gemm[1] * compute_bytes
+        elif cost.gemm is None and np.any(np.asarray(cost.vector_params)):
+            total = total + cost.grad_output_bytes
+    return total
 
 
 def _stage_axis(value: Array) -> Array:
