@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.framework_buffers import placeholder_bytes
+from planner.framework_buffers import pipeline_output_bytes, placeholder_bytes, reduction_bucket_bytes, step_gradient_bytes
 from planner.graph import Part, StepGraph, over_stages, part_runs
 from planner.hardware import Cluster
 from planner.op_cost import OpCost
@@ -30,7 +30,8 @@ class MemoryBreakdown:
     weights: Array
     """Parameters as stored between steps, with low-precision copies."""
     gradients: Array
-    """Where they are made anew each step, those that live beside the activations which they replace. With placeholders."""
+    """Where they are made anew each step, those that live beside the activations which they replace. With placeholders and
+    buckets of the reduction."""
     optimizer: Array
     """Optimizer states and a separate fp32 master copy."""
     activations: Array
@@ -88,9 +89,10 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     """
     layout, schedule = graph.layout, SCHEDULES[graph.layout.schedule]
     weights, gradients, optimizer = (schedule.resident(state) for state in _states(graph, stack))
-    gradients = gradients + placeholder_bytes(graph, stack)
+    gradients = gradients + placeholder_bytes(graph, stack) + reduction_bucket_bytes(graph, stack)
     in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
     activations, logits, casts, head_casts = (schedule.resident(kept) / schedule.parameter_copies for kept in _kept(graph, stack))
+    activations = activations + pipeline_output_bytes(graph, stack)
     others = np.maximum(in_flight - 1, 0)
     is_single = makes_gradients_late(graph, stack)
     head = _stage_axis(sum(part_states(graph, stack, graph.parts[-1], is_expert)[1] for is_expert in (False, True))) * _has_head(graph)
@@ -164,7 +166,7 @@ class StateFormat:
     """Low-precision copies of a matrix."""
     gradient: float
     master: float
-    """A separate fp32 weight, with the optimizer."""
+    """A separate fp32 weight, with the optimizer; and the gradient in the format of its step."""
 
 
 def state_format(graph: StepGraph, stack: StackSpec) -> StateFormat:
@@ -175,8 +177,8 @@ def state_format(graph: StepGraph, stack: StackSpec) -> StateFormat:
     return StateFormat(
         stored=4.0 if in_place or not is_mixed else precision.compute_bytes,
         quantized_copy=precision.quantized_weight_bytes * np.where(zero >= 3, 0.0, 1.0),
-        gradient=4.0 if not is_mixed or in_place else stack.gradient_bytes,
-        master=4.0 if is_mixed and not in_place else 0.0,
+        gradient=4.0 if not is_mixed or in_place else stack.gradient_bytes_by_precision.get(precision.name, stack.gradient_bytes),
+        master=4.0 + step_gradient_bytes(graph, stack) if is_mixed and not in_place else 0.0,
     )
 
 
