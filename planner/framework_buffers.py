@@ -1,4 +1,4 @@
-"""What a training framework allocates beside the model's own tensors: placeholders of gradients.
+"""What a training framework allocates beside the model's own tensors: placeholders of gradients, gradients for the step, buckets.
 
 In: StepGraph and StackSpec. Out: bytes per device and stage, [..., pp] or [1].
 """
@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from planner.graph import StepGraph
+from planner.graph import StepGraph, over_stages, part_runs
 from planner.op_cost import Op
 from planner.stack import StackSpec
 
-__all__ = ["placeholder_bytes"]
+__all__ = ["placeholder_bytes", "reduction_bucket_bytes", "step_gradient_bytes"]
 
 Array = Any
 
@@ -39,3 +39,32 @@ def placeholder_bytes(graph: StepGraph, stack: StackSpec) -> Array:
             found[cost.op] = found.get(cost.op, False) | (part.counts > 0)
     total = sum(np.multiply.outer(np.asarray(size, float), found[op]) for op, size in sizes.items())
     return np.asarray(total) * graph.numerics.compute_bytes
+
+
+def reduction_bucket_bytes(graph: StepGraph, stack: StackSpec) -> Array:
+    """Copies of gradients on their way through the data-parallel reduction, [..., pp]; none where no rank shares the data.
+
+    Formula: min(bucket params, params of the stage) * bytes of what is reduced, at most 4. DeepSpeed copies gradients into buckets of 5e8
+    (`reduce_bucket_size`), flattens each and copies the result back: up to four of them stay in the allocator's cache.
+    Source: deepspeedai/DeepSpeed deepspeed/runtime/zero/stage_1_and_2.py, reduce_ipg_grads; deepspeed/runtime/engine.py, allreduce_bucket.
+    """
+    if not stack.reduction_bucket_params:
+        return np.zeros(1)
+    trained = over_stages([part.total("params") - part.total("frozen_params") for part in graph.parts], part_runs(graph))
+    num_bytes = min(stack.gradient_bytes_by_precision.get(graph.precision.name, stack.gradient_bytes), 4.0)
+    is_shared = np.asarray(graph.layout.dp * graph.layout.cp)[..., None] > 1
+    return np.minimum(trained, stack.reduction_bucket_params) * num_bytes * is_shared
+
+
+def step_gradient_bytes(graph: StepGraph, stack: StackSpec) -> Array:
+    """Bytes per parameter of the optimizer's shard for the gradient that a step works on, a number or [n].
+
+    DeepSpeed accumulates fp16 gradients in fp16; its step makes an fp32 copy, and with ZeRO a flat one in fp16 before. No block that the
+    activations leave behind in the allocator's cache is as large as these flat tensors, so they add to what the process has reserved.
+    With bf16 the accumulated gradients are fp32 already. BigScience's 56 fp16 runs of 18B to 205B fit 4 + 17.3 / dp bytes per parameter.
+    Source: deepspeedai/DeepSpeed deepspeed/runtime/zero/stage_1_and_2.py, step; deepspeed/runtime/fp16/fused_optimizer.py, step.
+    """
+    if stack.gradient_bytes_by_precision.get(graph.precision.name, stack.gradient_bytes) >= 4:
+        return 0.0
+    has_flat_copy = (np.asarray(graph.layout.zero_stage) > 0) & (stack.step_gradient_bytes > 0)
+    return stack.step_gradient_bytes + np.where(has_flat_copy, graph.numerics.compute_bytes, 0.0)

@@ -5,7 +5,8 @@ for each a request for `planner.estimate`. A row whose configuration cannot be e
 the reason for skipping it.
 
 What a blank means: tp, pp, cp, ep, vpp: 1, unless nothing at all is known of the layout; sequence parallelism: on where
-Megatron-Core or NeMo split tensors, off elsewhere; optimizer: AdamW; recompute: none; ZeRO: none.
+Megatron-Core or NeMo split tensors, off elsewhere; optimizer: AdamW; recompute: none; ZeRO: none, but 1 with Megatron-DeepSpeed, as in BigScience's
+scripts.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ STACKS: tuple[tuple[str, str], ...] = (
     (r"torchtitan", "torchtitan"),
     (r"maxtext|paxml|jax|levanter|xla|neuron", "maxtext"),
     (r"hf trainer|zero|(?<!megatron-)deepspeed|xtuner|colossalai", "deepspeed"),
-    (r"megatron-deepspeed|megatron-lm|metaseq", "megatron-2021"),
+    (r"megatron-deepspeed", "megatron-deepspeed"),
+    (r"megatron-lm|metaseq", "megatron-2021"),
     (r"nemo|megatron-bridge|nvidia|ngc", "nemo"),
     (r"megatron|megascale|hai-llm|meta internal", "megatron-core"),
     (r"reftrain", "reftrain"),
@@ -40,6 +42,8 @@ STACKS: tuple[tuple[str, str], ...] = (
 )
 LAST_YEAR_OF_UNFUSED_ATTENTION = 2022
 """Megatron's flash attention arrived in 2023; rows of the same name from then on run on Megatron-Core or DeepSpeed."""
+UNFUSED_STACKS = {"megatron-2021": "megatron-core", "megatron-deepspeed": "deepspeed"}
+"""And what goes by their names since."""
 GELU_DROPOUT = 0.1
 """Megatron's GPT of 2021 and 2022 trained with dropout."""
 ACCELERATORS = {
@@ -160,8 +164,8 @@ def stack_of(row: Measurement) -> str:
         return row.values["stack"].strip()
     framework = row.text("framework")
     name = next(stack for pattern, stack in STACKS if re.search(pattern, framework))
-    if name == "megatron-2021" and row.count("year", 9999) > LAST_YEAR_OF_UNFUSED_ATTENTION:
-        return "deepspeed" if "deepspeed" in framework else "megatron-core"
+    if name in UNFUSED_STACKS and row.count("year", 9999) > LAST_YEAR_OF_UNFUSED_ATTENTION:
+        return UNFUSED_STACKS[name]
     if name == "torch-eager" and row.text("compile") == "true":
         return "torch-compile"
     return name
@@ -188,7 +192,7 @@ def _model(row: Measurement, stack: str) -> dict[str, Any]:
     if model_type == "gpt2":
         if kv_heads != heads:
             raise _refuse(row, "num_kv_heads", "GPT-2's block has as many key-value heads as heads")
-        dropout = GELU_DROPOUT if stack == "megatron-2021" else 0.0
+        dropout = GELU_DROPOUT if stack in UNFUSED_STACKS else 0.0
         return common | {
             "n_embd": hidden, "n_layer": layers, "n_head": heads, "n_inner": width, "n_positions": positions,
             "attn_pdrop": dropout, "resid_pdrop": dropout,
@@ -281,7 +285,8 @@ def _layout(row: Measurement, stack: str, workload: dict[str, Any]) -> dict[str,
     dp = world // (tp * pp * cp)
     if known is not None and known not in (dp, dp * cp):
         raise _refuse(row, "dp", f"dp*tp*pp*cp disagrees with num_devices = {world}")
-    zero = 0 if row.text("zero_stage") in ("", "0") else row.count("zero_stage")
+    stage = row.text("zero_stage") or ("1" if stack == "megatron-deepspeed" else "0")
+    zero = 0 if stage == "0" else row.count("zero_stage", 1)
     inner = re.search(r"(?:fsdp|group) (\d+)", row.text("sharding"))
     shard = 1 if zero == 0 else min(int(inner[1]), dp) if inner else dp
     batch, accumulated = workload["global_batch_size"], row.number("grad_accum")

@@ -25,7 +25,8 @@ class MemoryBreakdown:
     weights: Array
     """Parameters as stored between steps, with low-precision copies."""
     gradients: Array
-    """Where they are made anew each step, those that live beside the activations which they replace. With placeholders."""
+    """Where they are made anew each step, those that live beside the activations which they replace. With placeholders and
+    buckets of the reduction."""
     optimizer: Array
     """Optimizer states and a separate fp32 master copy."""
     activations: Array

@@ -60,6 +60,12 @@ class StackSpec(Spec):
     `fp32_in_place`: fp32 weights, cast when used (FSDP, DDP with autocast, JAX)."""
     gradient_bytes: float = Field(ge=1, le=4)
     """Bytes of one accumulated gradient, with a 2-byte compute format."""
+    gradient_bytes_by_precision: dict[str, float] = Field(default_factory=dict)
+    """The same where it depends on the precision: a stack may add bf16 gradients up in a second, fp32 buffer (DeepSpeed's BF16_Optimizer)."""
+    step_gradient_bytes: float = Field(0.0, ge=0, le=8)
+    """Bytes of one gradient in the format of the optimizer step, made of the accumulated ones for every step where those are not fp32."""
+    reduction_bucket_params: float = Field(0.0, ge=0)
+    """Gradients that lie in buckets of the data-parallel reduction at once, as copies of the accumulated ones."""
     reduce_bytes: float = Field(ge=1, le=4)
     """Bytes of one gradient element on the wire."""
     frees_gradients: bool = False
@@ -77,6 +83,9 @@ class StackSpec(Spec):
     """Experts run one after the other, not in one grouped kernel."""
     attention_masks: bool = False
     """Attention takes a tensor that says which keys each query sees, where plain causal or full attention does not."""
+    pipeline_buffers_outputs: bool = False
+    """Pipeline stages hold the output of each microbatch in flight beside what its backward pass needs (DeepSpeed's PipelineEngine), where
+    others free it once it is sent (Megatron's deallocate_pipeline_outputs)."""
     context_parallel: Literal["ring", "gather"] = "ring"
     """Keys and values go around a ring, or every rank gathers those of the whole sequence and keeps them."""
     attention_kernel: Literal["flash", "unfused"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from planner.backward import cast_bytes, kept_bytes, walk
-from planner.framework_buffers import placeholder_bytes
+from planner.framework_buffers import placeholder_bytes, reduction_bucket_bytes
 from planner.graph import Part, StepGraph, at_stages, first_of_each_kind, over_stages, part_runs
 from planner.schedules import SCHEDULES
 from planner.sharding import Sharding, expert_params, gathered_params
@@ -50,7 +50,7 @@ class StageMemory:
         self.graph, self.stack = graph, stack
         self.keeps_head = graph.numerics.loss_kernel != "chunked"  # which needs the head's weight no more
         self.weights, self.gradients, self.optimizer = (schedule.resident(state) for state in _states(graph, stack))
-        self.gradients = self.gradients + placeholder_bytes(graph, stack)
+        self.gradients = self.gradients + placeholder_bytes(graph, stack) + reduction_bucket_bytes(graph, stack)
         self.in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)[..., stages]
         kept = _kept(graph, stack)
         self.activations, self.logits, self.casts, self.head_casts = (schedule.resident(each) / schedule.parameter_copies for each in kept)
@@ -347,7 +347,8 @@ class _Messages:
         layout, count = graph.layout, np.asarray(graph.num_microbatches, float)[..., None]
         pp, chunks = layout.pp, layout.num_virtual_stages
         is_kept = stack.pipeline_keeps_outputs and pp > 1
-        message = _stage_axis(graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes) * is_kept
+        size = _stage_axis(graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes)
+        message = size * is_kept
         sent, received = np.full(pp, float(chunks)), np.full(pp, float(chunks))
         sent[-1], received[0] = chunks - 1.0, chunks - 1.0
         sent, received = sent[stages], received[stages]
@@ -355,7 +356,8 @@ class _Messages:
         waiting = SCHEDULES[layout.schedule].waiting(pp, chunks, count[..., 0])[..., stages]
         gradients = received * np.maximum(count - (in_flight - waiting), 0.0) if waits else 0.0
         self.buffers = message * ((sent + received) * count + gradients)
-        self.outputs = message * sent * (count if waits else in_flight)
+        is_held = (stack.pipeline_keeps_outputs or stack.pipeline_buffers_outputs) and pp > 1
+        self.outputs = size * is_held * sent * (count if waits else in_flight)
         self.inputs = message * received * in_flight
         self.arriving = message * np.minimum(sent, 1.0)
 

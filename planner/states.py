@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.framework_buffers import step_gradient_bytes
 from planner.graph import Part, StepGraph
 from planner.optimizers import get_optimizer
 from planner.stack import StackSpec
@@ -35,7 +36,7 @@ class StateFormat:
     """Low-precision copies of a matrix."""
     gradient: float
     master: float
-    """A separate fp32 weight, with the optimizer."""
+    """A separate fp32 weight, with the optimizer; and the gradient in the format of its step."""
 
 
 def state_format(graph: StepGraph, stack: StackSpec) -> StateFormat:
@@ -46,8 +47,8 @@ def state_format(graph: StepGraph, stack: StackSpec) -> StateFormat:
     return StateFormat(
         stored=4.0 if in_place or not is_mixed else precision.compute_bytes,
         quantized_copy=precision.quantized_weight_bytes * np.where(zero >= 3, 0.0, 1.0),
-        gradient=4.0 if not is_mixed or in_place else stack.gradient_bytes,
-        master=4.0 if is_mixed and not in_place else 0.0,
+        gradient=4.0 if not is_mixed or in_place else stack.gradient_bytes_by_precision.get(precision.name, stack.gradient_bytes),
+        master=4.0 + step_gradient_bytes(graph, stack) if is_mixed and not in_place else 0.0,
     )
 
 

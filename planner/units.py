@@ -12,7 +12,7 @@ import re
 from planner.errors import InputError
 
 __all__ = [
-    "GB", "GIB", "HOUR_S", "DAY_S", "TERA", "format_bytes", "format_count", "format_duration", "format_gib",
+    "GB", "GIB", "MIB", "HOUR_S", "DAY_S", "TERA", "format_bytes", "format_count", "format_duration", "format_gib",
     "format_rate", "format_si", "format_usd", "parse", "parse_count",
 ]  # fmt: skip
 

@@ -19,7 +19,7 @@ from planner.layout import describe_layout
 from planner.measurements import Measurement, read_rows, to_request
 from planner.op_cost import Numerics
 from planner.plan import Plan
-from planner.units import GIB
+from planner.units import GIB, MIB
 
 __all__ = ["ErrorSummary", "RowResult", "Skipped", "ValidationReport", "read_rows", "render_markdown", "validate_rows"]
 
@@ -186,6 +186,11 @@ def predicted_memory_bytes(plan: Plan, definition: str) -> float:
     return stage.total_bytes
 
 
+def _memory_unit_bytes(definition: str) -> float:
+    """GiB, but for gigabytes read off nvidia-smi, which prints MiB: thousands of them. (BigScience saw 80 GB on devices of 81,251 MiB.)."""
+    return 1000 * MIB if "nvidia-smi" in definition and "gb" in definition.replace("gib", "") else GIB
+
+
 def _result(row: Measurement) -> RowResult:
     """One row, predicted.
 
@@ -201,7 +206,7 @@ def _result(row: Measurement) -> RowResult:
         raise InputError.single("measured_step_s", None, "neither time nor memory was published in known terms", "leave the row out")
     memory = predicted_memory_bytes(plan, row.text("mem_definition"))
     spread = memory / plan.memory.peak_bytes.value
-    found = None if published_gib is None else published_gib * GIB
+    found = None if published_gib is None else published_gib * _memory_unit_bytes(row.text("mem_definition"))
     workload = request["workload"]
     return RowResult(
         id=row.id,
