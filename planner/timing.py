@@ -222,12 +222,18 @@ def group_transfer(transfer: Transfer, groups: AxisGroups) -> GroupTransfer:
     return GroupTransfer(transfer.collective, transfer.num_bytes, getattr(groups, transfer.axis), transfer.axis, transfer.num_calls)
 
 
+def _sent_as(graph: StepGraph, efficiency: Efficiency) -> Array:
+    """The ZeRO stage by its messages: those of 2 and 3 are those of 1 where pipelines gather and scatter once per step."""
+    zero = np.asarray(graph.layout.zero_stage)
+    return np.minimum(zero, 1) if efficiency.stack.pipeline_waits and graph.layout.pp > 1 else zero
+
+
 def fsdp_transfers(graph: StepGraph, part: Part, groups: AxisGroups, efficiency: Efficiency) -> tuple[list[GroupTransfer], list[GroupTransfer]]:
     """(gathers of weights, in each direction; reduce-scatters of gradients) of one run of a part.
 
     ZeRO-3 gathers in both directions and scatters gradients per microbatch; ZeRO-2 only scatters.
     """
-    zero, wire = np.asarray(graph.layout.zero_stage), graph.precision.compute_bytes
+    zero, wire = _sent_as(graph, efficiency), graph.precision.compute_bytes
     wire = graph.precision.saved_matmul_bytes if graph.precision.is_quantized else wire
     gathers, scatters = [], []
     for is_expert, axis in ((False, "fsdp"), (True, "expert_fsdp")):
@@ -311,7 +317,7 @@ def data_parallel_transfers(
 
     Gradients that were not scattered per microbatch (ZeRO-1), sums over replicas, and the gather of ZeRO-1 and 2.
     """
-    zero, wire = np.asarray(graph.layout.zero_stage), _reduce_bytes(graph, efficiency)
+    zero, wire = _sent_as(graph, efficiency), _reduce_bytes(graph, efficiency)
     reduces, gathers = [], []
     for is_expert, axis, across in ((False, "fsdp", "dp_replicate"), (True, "expert_fsdp", "expert_replicate")):
         group, replicas = getattr(groups, axis), getattr(groups, across)
