@@ -104,7 +104,8 @@ def test_tied_tables_in_every_layout_of_four(model: str) -> None:
 @pytest.mark.parametrize("model", MIXTURES)
 @pytest.mark.parametrize("layouts", [EXPERTS, EXPERTS_4], ids=["2", "4"])
 def test_experts_in_every_layout(model: str, layouts: list[Layout]) -> None:
-    check(cases((model,), layouts, 8))
+    """From a seed at which no token likes two experts as well as fp32 can tell: another order of sums would send it elsewhere."""
+    check(cases((model,), layouts, 8, training={"seed": 7}))
 
 
 @pytest.mark.slow
