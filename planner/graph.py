@@ -123,9 +123,12 @@ def make_numerics(workload: Workload, stack: StackSpec, precision: Precision) ->
         loss_kernel=stack.loss_kernel if workload.loss_kernel == "auto" else workload.loss_kernel,
         fused_activation=stack.fused_activation,
         fused_norm=stack.fused_norm,
+        activation_input_bytes=1.0 if workload.activation_input == "fp8" else 0.0,
         saves_gathered_input=stack.saves_gathered_input,
         gathers_keys=stack.context_parallel == "gather",
         lora_rank=(workload.lora_rank or DEFAULT_LORA_RANK) if workload.job == "lora" else 0,
+        lora_targets=workload.lora_targets,
+        lora_has_dropout=workload.lora_dropout > 0,
     )
 
 

@@ -5,8 +5,8 @@ for each a request for `planner.estimate`. A row whose configuration cannot be e
 the reason for skipping it.
 
 What a blank means: tp, pp, cp, ep, vpp: 1, unless nothing at all is known of the layout; sequence parallelism: on where
-Megatron-Core or NeMo split tensors, off elsewhere; optimizer: AdamW; recompute: none; ZeRO: none, but 1 with Megatron-DeepSpeed, as in BigScience's
-scripts.
+Megatron-Core or NeMo split tensors, off elsewhere; optimizer: AdamW; recompute: none; ZeRO: none, but 1 with Megatron-DeepSpeed and
+NeMo; LoRA: the adapters that the framework puts on by default.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ LAST_YEAR_OF_UNFUSED_ATTENTION = 2022
 """Megatron's flash attention arrived in 2023; rows of the same name from then on run on Megatron-Core or DeepSpeed."""
 UNFUSED_STACKS = {"megatron-2021": "megatron-core", "megatron-deepspeed": "deepspeed"}
 """And what goes by their names since."""
+ZERO_1_STACKS = ("megatron-deepspeed", "nemo")
+"""BigScience's scripts set ZERO_STAGE=1, NeMo's recipes use_distributed_optimizer."""
 GELU_DROPOUT = 0.1
 """Megatron's GPT of 2021 and 2022 trained with dropout."""
 ACCELERATORS = {
@@ -253,7 +255,7 @@ def _experts(row: Measurement, model_type: str, width: int) -> dict[str, Any]:
 
 def _workload(row: Measurement) -> dict[str, Any]:
     job = row.text("job") or "pretrain"
-    jobs = {"pretrain": "pretrain", "sft": "finetune", "finetune": "finetune", "lora": "lora"}
+    jobs = {"pretrain": "pretrain", "sft": "finetune", "finetune": "finetune", "lora": "lora", "qlora": "lora"}
     if job not in jobs:
         raise _refuse(row, "job", "is no job of the planner")
     optimizer = next((name for pattern, name in OPTIMIZERS if re.search(pattern, row.text("optimizer"))), "")
@@ -265,10 +267,26 @@ def _workload(row: Measurement) -> dict[str, Any]:
     precision = row.text("precision")
     if not precision:
         raise _refuse(row, "precision", "was not published")
-    return {
+    return _adapters(row, jobs[job]) | {
         "job": jobs[job], "seq_len": row.count("seq_len"), "global_batch_size": row.count("global_batch_size"), "tokens": 1e12,
         "precision": precision, "optimizer": optimizer, "recompute": recompute, "attention_kernel": found,
     }  # fmt: skip
+
+
+ADAPTERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"litgpt", {"lora_rank": 8, "lora_targets": "query_value", "lora_dropout": 0.05}),
+    (r"nemo|megatron-bridge|nvidia|ngc", {"lora_rank": 16, "lora_targets": "attention", "lora_dropout": 0.1}),
+)
+"""What LitGPT's finetune/lora.py and MLPerf's llama2_70b_lora in NeMo put on, where a row does not say."""
+
+
+def _adapters(row: Measurement, job: str) -> dict[str, Any]:
+    if job != "lora":
+        return {}
+    found = next((keys for pattern, keys in ADAPTERS if re.search(pattern, row.text("framework"))), {})
+    is_quantized = row.text("job") == "qlora"
+    quantized = {"frozen_format": "nf4_double" if "nf4-dq" in row.text("notes") else "nf4"} if is_quantized else {}
+    return found | quantized
 
 
 def _layout(row: Measurement, stack: str, workload: dict[str, Any]) -> dict[str, Any]:
@@ -285,7 +303,7 @@ def _layout(row: Measurement, stack: str, workload: dict[str, Any]) -> dict[str,
     dp = world // (tp * pp * cp)
     if known is not None and known not in (dp, dp * cp):
         raise _refuse(row, "dp", f"dp*tp*pp*cp disagrees with num_devices = {world}")
-    stage = row.text("zero_stage") or ("1" if stack == "megatron-deepspeed" else "0")
+    stage = row.text("zero_stage") or ("1" if stack in ZERO_1_STACKS else "0")
     zero = 0 if stage == "0" else row.count("zero_stage", 1)
     inner = re.search(r"(?:fsdp|group) (\d+)", row.text("sharding"))
     shard = 1 if zero == 0 else min(int(inner[1]), dp) if inner else dp

@@ -67,14 +67,35 @@ class Numerics:
     loss_kernel: Literal["fused", "vocab_parallel", "unfused", "chunked"] = "unfused"
     fused_activation: bool = True
     fused_norm: bool = True
+    activation_input_bytes: float = 0.0
+    """Bytes per element of what an activation function keeps of its input; 0: the compute format."""
     saves_gathered_input: bool = False
     """Keep the all-gathered input of sequence parallelism, instead of gathering it again in the backward pass."""
     gathers_keys: bool = False
     """Context parallelism gathers keys and values of the whole sequence (arXiv:2407.21783, 3.3.2), instead of passing them around a ring."""
     lora_rank: int = 0
     """0: every weight is trained."""
+    lora_targets: Literal["all", "attention", "query_value"] = "all"
+    """Which linear layers of the blocks have adapters."""
+    lora_has_dropout: bool = False
+    """Adapters see their input through dropout: they keep what is left of it, and a mask."""
     expert_imbalance: float = 1.0
     """Tokens of the busiest expert-parallel rank over the mean."""
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether LoRA puts an adapter on the linear layer of that name.
+
+        Example:
+            >>> Numerics(lora_rank=8, lora_targets="query_value").has_adapter("attention.k")
+            False
+        """
+        is_target = {"all": True, "attention": "attention" in name, "query_value": name.endswith((".q", ".v"))}
+        return self.lora_rank > 0 and is_target[self.lora_targets]
+
+    @property
+    def adapter_input_bytes(self) -> float:
+        """Bytes per element that an adapter keeps of its input: the element, after dropout a copy of its own and a byte of mask."""
+        return self.compute_bytes + self.lora_has_dropout
 
 
 @dataclass(frozen=True)
@@ -106,6 +127,8 @@ class OpCost:
     tied_params: Array = 0.0
     """Shared with the embedding; a copy exists only where the pipeline parts them."""
     frozen_params: Array = 0.0
+    frozen_matrix_params: Array = 0.0
+    """Those of them that are matrices of blocks, which may be stored in a narrow format."""
     factored_elements: Array = 0.0
     """Rows plus columns of the trained matrices: the state of Adafactor."""
     active_params: Array = 0.0

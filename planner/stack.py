@@ -55,9 +55,12 @@ class StackSpec(Spec):
     description: str
     source: str
     date: str
-    weight_storage: Literal["separate_master", "fp32_in_place"]
+    weight_storage: Literal["separate_master", "fp32_in_place", "compute_only"]
     """`separate_master`: weights in compute format and an fp32 copy with the optimizer (Megatron, DeepSpeed);
-    `fp32_in_place`: fp32 weights, cast when used (FSDP, DDP with autocast, JAX)."""
+    `fp32_in_place`: fp32 weights, cast when used (FSDP, DDP with autocast, JAX); `compute_only`: weights, gradients and optimizer
+    states all in compute format (Lightning's bf16-true)."""
+    keeps_quantized_weights: bool = False
+    """With fp8 and narrower, matrices of blocks are stored in that format alone, beside the fp32 master (fp8_param_gather of Megatron-Core)."""
     gradient_bytes: float = Field(ge=1, le=4)
     """Bytes of one accumulated gradient, with a 2-byte compute format."""
     gradient_bytes_by_precision: dict[str, float] = Field(default_factory=dict)
