@@ -62,7 +62,7 @@ class Attention:
             shard.tokens * w for w in (heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.v_head_dim, heads * self.v_head_dim)
         )
         held = (k + v) * (shard.cp if numerics.gathers_keys else 1)
-        saved: dict[Producer, Array] = {"matmul": (q + held) * b} if self.saves_qkv else {}
+        saved: dict[Producer, Array] = {"matmul": (q + self._kept_keys(held, shard, numerics, q, k)) * b} if self.saves_qkv else {}
         saved["attention"] = out * b
         if is_flash:
             saved["attention"] = saved["attention"] + 4.0 * shard.tokens * heads
@@ -93,6 +93,12 @@ class Attention:
             num_kernels=1 if is_flash else 5,
             transfers=self._exchange(shard, numerics, k + v),
         )
+
+    def _kept_keys(self, held: Array, shard: Shard, numerics: Numerics, q: Array, k: Array) -> Array:
+        """Elements of keys and values that are kept, with what else stays alive with them."""
+        if numerics.repeats_keys:
+            held = held * np.maximum(self.num_heads / self.num_kv_heads, 1)
+        return held + (q + k if numerics.keeps_fused_projection else 0.0)
 
     def _exchange(self, shard: Shard, numerics: Numerics, kv_elements: Array) -> tuple[Transfer, ...]:
         """Context parallelism passes keys and values around the ring, and backward them and their gradients; or gathers and scatters them."""

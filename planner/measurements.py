@@ -38,6 +38,7 @@ STACKS: tuple[tuple[str, str], ...] = (
     (r"nemo|megatron-bridge|nvidia|ngc", "nemo"),
     (r"megatron|megascale|hai-llm|meta internal", "megatron-core"),
     (r"reftrain", "reftrain"),
+    (r"litgpt", "litgpt"),
     (r"", "torch-eager"),
 )
 LAST_YEAR_OF_UNFUSED_ATTENTION = 2022
@@ -187,7 +188,7 @@ def _model(row: Measurement, stack: str) -> dict[str, Any]:
         model_type, extra = FAMILIES["llama"]
     hidden, layers, heads = row.count("hidden_size"), row.count("num_layers"), row.count("num_heads")
     width, kv_heads = row.count("ffn_hidden", 4 * hidden), row.count("num_kv_heads", heads)
-    common: dict[str, Any] = {"model_type": model_type, "vocab_size": row.count("vocab"), **extra}
+    common: dict[str, Any] = {"model_type": model_type, "vocab_size": row.count("vocab", _vocab_of(row)), **extra}
     if row.text("tied_embeddings") in ("true", "false"):
         common["tie_word_embeddings"] = row.text("tied_embeddings") == "true"
     positions = row.count("seq_len")
@@ -217,6 +218,17 @@ def _model(row: Measurement, stack: str) -> dict[str, Any]:
     if row.number("head_dim"):
         sizes["head_dim"] = row.count("head_dim")
     return common | sizes | (_experts(row, model_type, width) if row.number("num_experts") else {})
+
+
+def _vocab_of(row: Measurement) -> int | None:
+    """Words of a Llama-like model whose parameters were published without them: what its blocks leave over, to the next 1024."""
+    total, is_tied = row.number("params_total"), row.text("tied_embeddings") == "true"
+    if total is None or row.number("num_experts") or row.text("arch_family") != "llama":
+        return None
+    hidden, layers, heads = row.count("hidden_size"), row.count("num_layers"), row.count("num_heads")
+    attention = 2 * hidden * row.count("head_dim", hidden // heads) * (heads + row.count("num_kv_heads", heads))
+    left = total - layers * (attention + 3 * hidden * row.count("ffn_hidden", 4 * hidden))
+    return round(left / (hidden * (1 if is_tied else 2)) / 1024) * 1024 if left > 0 else None
 
 
 def _is_gated(row: Measurement) -> bool:
@@ -268,9 +280,39 @@ def _workload(row: Measurement) -> dict[str, Any]:
     if not precision:
         raise _refuse(row, "precision", "was not published")
     return _adapters(row, jobs[job]) | {
-        "job": jobs[job], "seq_len": row.count("seq_len"), "global_batch_size": row.count("global_batch_size"), "tokens": 1e12,
+        "job": jobs[job], "seq_len": _seq_len(row), "global_batch_size": row.count("global_batch_size", _least_batch(row)), "tokens": 1e12,
+        "loss_kernel": _loss_kernel(row), "activation_input": row.text("activation_input") or "compute",
         "precision": precision, "optimizer": optimizer, "recompute": recompute, "attention_kernel": found,
     }  # fmt: skip
+
+
+def _loss_kernel(row: Measurement) -> str:
+    """As the row says; Megatron-LM of Megatron-Core fuses the loss where it is told to, the others do what their stack does."""
+    if row.text("loss_kernel"):
+        return row.text("loss_kernel")
+    if "cross-entropy fusion" in row.text("notes"):
+        return "fused"
+    return "vocab_parallel" if stack_of(row) == "megatron-core" and "megatron-lm" in row.text("framework") else "auto"
+
+
+def _seq_len(row: Measurement) -> int:
+    """As published; for data of many lengths the longest sample, which sets the peak."""
+    longest = re.search(r"longest sample (\d+) tokens", row.text("notes"))
+    return row.count("seq_len", int(longest[1]) if longest and _is_memory_alone(row) else None)
+
+
+def _is_memory_alone(row: Measurement) -> bool:
+    """Whether the row has a peak and no time."""
+    times = ("measured_step_s", "measured_tokens_per_s_per_device", "measured_tflops_per_device", "measured_mfu", "tokens_per_s_per_device_from_flops")
+    return row.number("measured_peak_mem_gib") is not None and not any(row.number(name) for name in times)
+
+
+def _least_batch(row: Measurement) -> int | None:
+    """For a row without a batch: the fewest sequences that fill its pipeline twice, from where on the peak does not grow; None with a time."""
+    if not _is_memory_alone(row):
+        return None
+    ranks = row.count("num_devices") // (row.count("tp", 1) * row.count("pp", 1) * row.count("cp", 1))
+    return max(ranks, 1) * row.count("micro_batch_size", 1) * 2 * row.count("pp", 1)
 
 
 ADAPTERS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -283,7 +325,9 @@ ADAPTERS: tuple[tuple[str, dict[str, Any]], ...] = (
 def _adapters(row: Measurement, job: str) -> dict[str, Any]:
     if job != "lora":
         return {}
-    found = next((keys for pattern, keys in ADAPTERS if re.search(pattern, row.text("framework"))), {})
+    found = dict(next((keys for pattern, keys in ADAPTERS if re.search(pattern, row.text("framework"))), {}))
+    if row.text("lora_targets"):
+        found |= {"lora_rank": row.count("lora_rank"), "lora_targets": row.text("lora_targets"), "lora_dropout": row.number("lora_dropout") or 0.0}
     is_quantized = row.text("job") == "qlora"
     quantized = {"frozen_format": "nf4_double" if "nf4-dq" in row.text("notes") else "nf4"} if is_quantized else {}
     return found | quantized

@@ -73,10 +73,16 @@ class Numerics:
     """Keep the all-gathered input of sequence parallelism, instead of gathering it again in the backward pass."""
     gathers_keys: bool = False
     """Context parallelism gathers keys and values of the whole sequence (arXiv:2407.21783, 3.3.2), instead of passing them around a ring."""
+    repeats_keys: bool = False
+    """Keys and values are repeated for every query head before attention's kernel, and kept so."""
+    keeps_fused_projection: bool = False
+    """Attention keeps queries and keys before rotation beside the rotated ones, as parts of the tensor that holds the values."""
     lora_rank: int = 0
     """0: every weight is trained."""
     lora_targets: Literal["all", "attention", "query_value"] = "all"
     """Which linear layers of the blocks have adapters."""
+    keeps_frozen_inputs: bool = False
+    """Frozen matmuls keep their input all the same (bitsandbytes' 4-bit ones do, whose autograd function asks for the input's gradient alone)."""
     lora_has_dropout: bool = False
     """Adapters see their input through dropout: they keep what is left of it, and a mask."""
     expert_imbalance: float = 1.0
@@ -92,10 +98,17 @@ class Numerics:
         is_target = {"all": True, "attention": "attention" in name, "query_value": name.endswith((".q", ".v"))}
         return self.lora_rank > 0 and is_target[self.lora_targets]
 
-    @property
-    def adapter_input_bytes(self) -> float:
-        """Bytes per element that an adapter keeps of its input: the element, after dropout a copy of its own and a byte of mask."""
-        return self.compute_bytes + self.lora_has_dropout
+    def input_bytes(self, *, is_frozen: bool, has_adapter: bool) -> float:
+        """Bytes per element that a linear layer keeps of its input.
+
+        A frozen weight has no gradient that would need it; its adapter has: the input itself, or after dropout a copy and a byte of mask.
+        """
+        if not is_frozen:
+            return self.saved_matmul_bytes
+        kept = self.compute_bytes if self.keeps_frozen_inputs else 0.0
+        if has_adapter and self.lora_has_dropout:
+            return kept + self.compute_bytes + 1
+        return max(kept, self.compute_bytes) if has_adapter else kept
 
 
 @dataclass(frozen=True)

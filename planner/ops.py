@@ -65,11 +65,11 @@ class Linear:
         adapter_flops = 2.0 * rows * adapter
         saved: dict[Producer, Array] = {}
         is_own_copy = has_adapter and numerics.lora_has_dropout and self.split == "row"
-        if (self.saves_input is not None and (has_adapter or not is_frozen)) or is_own_copy:
-            # With sequence parallelism a column-split layer keeps only its slice of the input, unless told otherwise. A frozen weight keeps none.
+        kept_bytes = numerics.input_bytes(is_frozen=is_frozen, has_adapter=has_adapter)
+        if kept_bytes and (self.saves_input is not None or is_own_copy):
+            # With sequence parallelism a column-split layer keeps only its slice of the input, unless told otherwise.
             is_gathered = self.split != "column" or numerics.saves_gathered_input
             kept_rows = rows if is_gathered else shard.local_tokens * self.token_fraction
-            kept_bytes = numerics.adapter_input_bytes if is_frozen else numerics.saved_matmul_bytes
             saved[self.saves_input or "matmul"] = kept_rows * inner * kept_bytes
         b = numerics.compute_bytes
         # What was kept as a slice is gathered once more for the weight gradient.
@@ -144,8 +144,8 @@ class GroupedLinear:
         adapter_flops = 2.0 * rows * numerics.lora_rank * (inner + outer) * has_adapter
         b = numerics.compute_bytes
         saved: dict[Producer, Array] = {}
-        if self.saves_input is not None and (has_adapter or not is_frozen):
-            saved[self.saves_input] = rows * inner * (numerics.adapter_input_bytes if is_frozen else numerics.saved_matmul_bytes)
+        if self.saves_input is not None:
+            saved[self.saves_input] = rows * inner * numerics.input_bytes(is_frozen=is_frozen, has_adapter=has_adapter)
         return OpCost(
             self,
             matrix_params=adapter if is_frozen else weight,

@@ -90,6 +90,10 @@ class StackSpec(Spec):
     fused_activation: bool
     """Activation and its product with the gate run inside one kernel that keeps only its inputs."""
     fused_norm: bool
+    repeats_keys: bool = False
+    """Keys and values are repeated for every query head before the kernel."""
+    keeps_fused_projection: bool = False
+    """Values are a view of one tensor with queries and keys before rotation, so that all of it stays with the rotated ones."""
     saves_gathered_input: bool
     selective_recompute: list[Literal["norm", "activation", "scores", "dropout"]]
     """Producers whose tensors `recompute: selective` drops."""
