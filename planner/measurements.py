@@ -39,6 +39,7 @@ STACKS: tuple[tuple[str, str], ...] = (
     (r"megatron|megascale|hai-llm|meta internal", "megatron-core"),
     (r"reftrain", "reftrain"),
     (r"litgpt", "litgpt"),
+    (r"nanotron", "nanotron"),
     (r"", "torch-eager"),
 )
 LAST_YEAR_OF_UNFUSED_ATTENTION = 2022
@@ -303,7 +304,13 @@ def _seq_len(row: Measurement) -> int:
 
 def _is_memory_alone(row: Measurement) -> bool:
     """Whether the row has a peak and no time."""
-    times = ("measured_step_s", "measured_tokens_per_s_per_device", "measured_tflops_per_device", "measured_mfu", "tokens_per_s_per_device_from_flops")
+    times = (
+        "measured_step_s",
+        "measured_tokens_per_s_per_device",
+        "measured_tflops_per_device",
+        "measured_mfu",
+        "tokens_per_s_per_device_from_flops",
+    )
     return row.number("measured_peak_mem_gib") is not None and not any(row.number(name) for name in times)
 
 

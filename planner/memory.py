@@ -93,7 +93,9 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
     activations, logits, casts, head_casts = (schedule.resident(kept) / schedule.parameter_copies for kept in _kept(graph, stack))
     activations = activations + pipeline_output_bytes(graph, stack)
-    others = np.maximum(in_flight - 1, 0)
+    # With chunks of the model on every stage the head's is followed by its own backward pass at once (arXiv:2104.04473 section 2.2.2).
+    heads = in_flight if layout.num_virtual_stages == 1 else np.minimum(in_flight, 1)
+    others = np.maximum(heads - 1, 0)
     is_single = makes_gradients_late(graph, stack)
     head = _stage_axis(sum(part_states(graph, stack, graph.parts[-1], is_expert)[1] for is_expert in (False, True))) * _has_head(graph)
     at_loss, in_blocks, at_reduce = _gathered(graph, stack)
@@ -103,8 +105,8 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     }  # fmt: skip
     instants = [
         {
-            "gradients": gradients * ~is_single, "activations": activations * in_flight, "logits": logits * in_flight,
-            "cast_weights": (casts + head_casts) * in_flight, "gathered_weights": at_loss,
+            "gradients": gradients * ~is_single, "activations": activations * in_flight, "logits": logits * heads,
+            "cast_weights": casts * in_flight + head_casts * heads, "gathered_weights": at_loss,
             "temporaries": _temporaries(graph, is_head=True),
         },
         {
@@ -331,6 +333,9 @@ def gathered_rates(graph: StepGraph, stack: StackSpec) -> GatheredRates:
     in_place, is_sharded = stack.weight_storage == "fp32_in_place", np.asarray(graph.fsdp_degree) > 1
     compute = precision.compute_bytes
     block = 2 * (compute + precision.quantized_weight_bytes) + stack.reduce_bytes
+    if stack.is_one_fsdp_unit:
+        whole = np.where(is_sharded & (zero == 3), compute * (1 if graph.numerics.lora_rank else 2), 0.0)
+        return GatheredRates(kept=whole, block=0.0, reduce=0.0, head=0.0, leaving=0.0)
     is_leaving = is_sharded & (zero >= 2) & (np.asarray(graph.num_microbatches) > 1) & in_place
     return GatheredRates(
         kept=np.where(wraps_weights(graph) & (zero < 3) & in_place & (is_sharded | precision.needs_master_weights), compute, 0.0),

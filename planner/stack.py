@@ -73,6 +73,8 @@ class StackSpec(Spec):
     """Bytes of one gradient element on the wire."""
     frees_gradients: bool = False
     """Gradients are made anew each step (`zero_grad(set_to_none=True)`), not kept in buffers."""
+    is_one_fsdp_unit: bool = False
+    """ZeRO-3 gathers the whole model, and makes all of its gradients, at once: no block is wrapped by itself."""
     pipeline_keeps_outputs: bool = False
     """Pipeline stages hold their outputs of all microbatches until the step ends (torch.distributed.pipelining)."""
     pipeline_buffers_outputs: bool = False
