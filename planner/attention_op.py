@@ -68,9 +68,11 @@ class Attention:
         width = shard.cp if numerics.gathers_keys else 1
         saved: dict[Producer, Array] = {}
         if self.saves_qkv:
+            held = (k + v) * (np.maximum(self.num_heads / self.num_kv_heads, 1) if numerics.repeats_keys else 1)
+            before = q + k if numerics.keeps_fused_projection else 0.0
             # Selective recompute norms queries and keys again, and gathers again what was gathered.
             normed = q + k if self.has_normed_keys else shard.tokens * heads * self.joined_key_dim
-            saved = {"matmul": (q + k + v - normed) * b, "norm": (normed + (k + v) * (width - 1)) * b}
+            saved = {"matmul": (q + held + before - normed) * b, "norm": (normed + held * (width - 1)) * b}
         saved["attention"] = out * b
         if is_flash:
             saved["attention"] = saved["attention"] + 4.0 * shard.tokens * heads

@@ -13,7 +13,7 @@ from planner.graph import StepGraph, over_stages, part_runs
 from planner.op_cost import Op
 from planner.stack import StackSpec
 
-__all__ = ["placeholder_bytes", "reduction_bucket_bytes", "step_gradient_bytes"]
+__all__ = ["frozen_matrix_bytes", "placeholder_bytes", "reduction_bucket_bytes", "step_gradient_bytes"]
 
 Array = Any
 
@@ -68,3 +68,16 @@ def step_gradient_bytes(graph: StepGraph, stack: StackSpec) -> Array:
         return 0.0
     has_flat_copy = (np.asarray(graph.layout.zero_stage) > 0) & (stack.step_gradient_bytes > 0)
     return stack.step_gradient_bytes + np.where(has_flat_copy, graph.numerics.compute_bytes, 0.0)
+
+
+FROZEN_FORMATS = {"nf4": 0.5 + 4 / 64, "nf4_double": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+"""Bytes per element of a frozen matrix: 4 bits with an fp32 scale per block of 64, or the scales in 8 bits with an fp32 one for 256 of them
+(arXiv:2305.14314 section 3); 8 bits, scales per row left out."""
+
+
+def frozen_matrix_bytes(graph: StepGraph, stack: StackSpec) -> float:
+    """Bytes per element of a block's matrix that is not trained: the format asked for, else what the stack keeps weights in."""
+    if graph.workload.frozen_format != "compute":
+        return FROZEN_FORMATS[graph.workload.frozen_format]
+    is_narrow = stack.keeps_quantized_weights and graph.precision.is_quantized
+    return graph.precision.quantized_weight_bytes if is_narrow else graph.precision.compute_bytes

@@ -139,12 +139,18 @@ def make_numerics(workload: Workload, stack: StackSpec, precision: Precision) ->
         loss_kernel=stack.loss_kernel if workload.loss_kernel == "auto" else workload.loss_kernel,
         fused_activation=stack.fused_activation,
         fused_norm=stack.fused_norm,
+        activation_input_bytes=1.0 if workload.activation_input == "fp8" else 0.0,
         saves_gathered_input=stack.saves_gathered_input,
         copies_gathered=stack.copies_gathered,
         loops_experts=stack.loops_experts,
         writes_masks=stack.attention_masks,
         gathers_keys=stack.context_parallel == "gather",
+        repeats_keys=stack.repeats_keys,
+        keeps_fused_projection=stack.keeps_fused_projection,
         lora_rank=(workload.lora_rank or DEFAULT_LORA_RANK) if workload.job == "lora" else 0,
+        lora_targets=workload.lora_targets,
+        keeps_frozen_inputs=workload.frozen_format != "compute",
+        lora_has_dropout=workload.lora_dropout > 0,
     )
 
 

@@ -5,8 +5,8 @@ for each a request for `planner.estimate`. A row whose configuration cannot be e
 the reason for skipping it.
 
 What a blank means: tp, pp, cp, ep, vpp: 1, unless nothing at all is known of the layout; sequence parallelism: on where
-Megatron-Core or NeMo split tensors, off elsewhere; optimizer: AdamW; recompute: none; ZeRO: none, but 1 with Megatron-DeepSpeed, as in BigScience's
-scripts.
+Megatron-Core or NeMo split tensors, off elsewhere; optimizer: AdamW; recompute: none; ZeRO: none, but 1 with Megatron-DeepSpeed and
+NeMo; LoRA: the adapters that the framework puts on by default.
 """
 
 from __future__ import annotations
@@ -38,12 +38,16 @@ STACKS: tuple[tuple[str, str], ...] = (
     (r"nemo|megatron-bridge|nvidia|ngc", "nemo"),
     (r"megatron|megascale|hai-llm|meta internal", "megatron-core"),
     (r"reftrain", "reftrain"),
+    (r"litgpt", "litgpt"),
+    (r"nanotron", "nanotron"),
     (r"", "torch-eager"),
 )
 LAST_YEAR_OF_UNFUSED_ATTENTION = 2022
 """Megatron's flash attention arrived in 2023; rows of the same name from then on run on Megatron-Core or DeepSpeed."""
 UNFUSED_STACKS = {"megatron-2021": "megatron-core", "megatron-deepspeed": "deepspeed"}
 """And what goes by their names since."""
+ZERO_1_STACKS = ("megatron-deepspeed", "nemo")
+"""BigScience's scripts set ZERO_STAGE=1, NeMo's recipes use_distributed_optimizer."""
 GELU_DROPOUT = 0.1
 """Megatron's GPT of 2021 and 2022 trained with dropout."""
 ACCELERATORS = {
@@ -185,7 +189,7 @@ def _model(row: Measurement, stack: str) -> dict[str, Any]:
         model_type, extra = FAMILIES["llama"]
     hidden, layers, heads = row.count("hidden_size"), row.count("num_layers"), row.count("num_heads")
     width, kv_heads = row.count("ffn_hidden", 4 * hidden), row.count("num_kv_heads", heads)
-    common: dict[str, Any] = {"model_type": model_type, "vocab_size": row.count("vocab"), **extra}
+    common: dict[str, Any] = {"model_type": model_type, "vocab_size": row.count("vocab", _vocab_of(row)), **extra}
     if row.text("tied_embeddings") in ("true", "false"):
         common["tie_word_embeddings"] = row.text("tied_embeddings") == "true"
     positions = row.count("seq_len")
@@ -215,6 +219,17 @@ def _model(row: Measurement, stack: str) -> dict[str, Any]:
     if row.number("head_dim"):
         sizes["head_dim"] = row.count("head_dim")
     return common | sizes | (_experts(row, model_type, width) if row.number("num_experts") else {})
+
+
+def _vocab_of(row: Measurement) -> int | None:
+    """Words of a Llama-like model whose parameters were published without them: what its blocks leave over, to the next 1024."""
+    total, is_tied = row.number("params_total"), row.text("tied_embeddings") == "true"
+    if total is None or row.number("num_experts") or row.text("arch_family") != "llama":
+        return None
+    hidden, layers, heads = row.count("hidden_size"), row.count("num_layers"), row.count("num_heads")
+    attention = 2 * hidden * row.count("head_dim", hidden // heads) * (heads + row.count("num_kv_heads", heads))
+    left = total - layers * (attention + 3 * hidden * row.count("ffn_hidden", 4 * hidden))
+    return round(left / (hidden * (1 if is_tied else 2)) / 1024) * 1024 if left > 0 else None
 
 
 def _is_gated(row: Measurement) -> bool:
@@ -253,7 +268,7 @@ def _experts(row: Measurement, model_type: str, width: int) -> dict[str, Any]:
 
 def _workload(row: Measurement) -> dict[str, Any]:
     job = row.text("job") or "pretrain"
-    jobs = {"pretrain": "pretrain", "sft": "finetune", "finetune": "finetune", "lora": "lora"}
+    jobs = {"pretrain": "pretrain", "sft": "finetune", "finetune": "finetune", "lora": "lora", "qlora": "lora"}
     if job not in jobs:
         raise _refuse(row, "job", "is no job of the planner")
     optimizer = next((name for pattern, name in OPTIMIZERS if re.search(pattern, row.text("optimizer"))), "")
@@ -265,10 +280,64 @@ def _workload(row: Measurement) -> dict[str, Any]:
     precision = row.text("precision")
     if not precision:
         raise _refuse(row, "precision", "was not published")
-    return {
-        "job": jobs[job], "seq_len": row.count("seq_len"), "global_batch_size": row.count("global_batch_size"), "tokens": 1e12,
+    return _adapters(row, jobs[job]) | {
+        "job": jobs[job], "seq_len": _seq_len(row), "global_batch_size": row.count("global_batch_size", _least_batch(row)), "tokens": 1e12,
+        "loss_kernel": _loss_kernel(row), "activation_input": row.text("activation_input") or "compute",
         "precision": precision, "optimizer": optimizer, "recompute": recompute, "attention_kernel": found,
     }  # fmt: skip
+
+
+def _loss_kernel(row: Measurement) -> str:
+    """As the row says; Megatron-LM of Megatron-Core fuses the loss where it is told to, the others do what their stack does."""
+    if row.text("loss_kernel"):
+        return row.text("loss_kernel")
+    if "cross-entropy fusion" in row.text("notes"):
+        return "fused"
+    return "vocab_parallel" if stack_of(row) == "megatron-core" and "megatron-lm" in row.text("framework") else "auto"
+
+
+def _seq_len(row: Measurement) -> int:
+    """As published; for data of many lengths the longest sample, which sets the peak."""
+    longest = re.search(r"longest sample (\d+) tokens", row.text("notes"))
+    return row.count("seq_len", int(longest[1]) if longest and _is_memory_alone(row) else None)
+
+
+def _is_memory_alone(row: Measurement) -> bool:
+    """Whether the row has a peak and no time."""
+    times = (
+        "measured_step_s",
+        "measured_tokens_per_s_per_device",
+        "measured_tflops_per_device",
+        "measured_mfu",
+        "tokens_per_s_per_device_from_flops",
+    )
+    return row.number("measured_peak_mem_gib") is not None and not any(row.number(name) for name in times)
+
+
+def _least_batch(row: Measurement) -> int | None:
+    """For a row without a batch: the fewest sequences that fill its pipeline twice, from where on the peak does not grow; None with a time."""
+    if not _is_memory_alone(row):
+        return None
+    ranks = row.count("num_devices") // (row.count("tp", 1) * row.count("pp", 1) * row.count("cp", 1))
+    return max(ranks, 1) * row.count("micro_batch_size", 1) * 2 * row.count("pp", 1)
+
+
+ADAPTERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (r"litgpt", {"lora_rank": 8, "lora_targets": "query_value", "lora_dropout": 0.05}),
+    (r"nemo|megatron-bridge|nvidia|ngc", {"lora_rank": 16, "lora_targets": "attention", "lora_dropout": 0.1}),
+)
+"""What LitGPT's finetune/lora.py and MLPerf's llama2_70b_lora in NeMo put on, where a row does not say."""
+
+
+def _adapters(row: Measurement, job: str) -> dict[str, Any]:
+    if job != "lora":
+        return {}
+    found = dict(next((keys for pattern, keys in ADAPTERS if re.search(pattern, row.text("framework"))), {}))
+    if row.text("lora_targets"):
+        found |= {"lora_rank": row.count("lora_rank"), "lora_targets": row.text("lora_targets"), "lora_dropout": row.number("lora_dropout") or 0.0}
+    is_quantized = row.text("job") == "qlora"
+    quantized = {"frozen_format": "nf4_double" if "nf4-dq" in row.text("notes") else "nf4"} if is_quantized else {}
+    return found | quantized
 
 
 def _layout(row: Measurement, stack: str, workload: dict[str, Any]) -> dict[str, Any]:
@@ -285,7 +354,7 @@ def _layout(row: Measurement, stack: str, workload: dict[str, Any]) -> dict[str,
     dp = world // (tp * pp * cp)
     if known is not None and known not in (dp, dp * cp):
         raise _refuse(row, "dp", f"dp*tp*pp*cp disagrees with num_devices = {world}")
-    stage = row.text("zero_stage") or ("1" if stack == "megatron-deepspeed" else "0")
+    stage = row.text("zero_stage") or ("1" if stack in ZERO_1_STACKS else "0")
     zero = 0 if stage == "0" else row.count("zero_stage", 1)
     inner = re.search(r"(?:fsdp|group) (\d+)", row.text("sharding"))
     shard = 1 if zero == 0 else min(int(inner[1]), dp) if inner else dp

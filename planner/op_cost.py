@@ -67,6 +67,8 @@ class Numerics:
     loss_kernel: Literal["fused", "vocab_parallel", "unfused", "chunked"] = "unfused"
     fused_activation: bool = True
     fused_norm: bool = True
+    activation_input_bytes: float = 0.0
+    """Bytes per element of what an activation function keeps of its input; 0: the compute format."""
     saves_gathered_input: bool = False
     """Keep the all-gathered input of sequence parallelism, instead of gathering it again in the backward pass."""
     writes_masks: bool = False
@@ -77,10 +79,42 @@ class Numerics:
     """Sequence parallelism's gathers and scatters need a copy in another order of dims, unless there is one sequence."""
     loops_experts: bool = False
     """One expert after the other, not all in one kernel: activations' gradients live for one of them at a time."""
+    repeats_keys: bool = False
+    """Keys and values are repeated for every query head before attention's kernel, and kept so."""
+    keeps_fused_projection: bool = False
+    """Attention keeps queries and keys before rotation beside the rotated ones, as parts of the tensor that holds the values."""
     lora_rank: int = 0
     """0: every weight is trained."""
+    lora_targets: Literal["all", "attention", "query_value"] = "all"
+    """Which linear layers of the blocks have adapters."""
+    keeps_frozen_inputs: bool = False
+    """Frozen matmuls keep their input all the same (bitsandbytes' 4-bit ones do, whose autograd function asks for the input's gradient alone)."""
+    lora_has_dropout: bool = False
+    """Adapters see their input through dropout: they keep what is left of it, and a mask."""
     expert_imbalance: float = 1.0
     """Tokens of the busiest expert-parallel rank over the mean."""
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether LoRA puts an adapter on the linear layer of that name.
+
+        Example:
+            >>> Numerics(lora_rank=8, lora_targets="query_value").has_adapter("attention.k")
+            False
+        """
+        is_target = {"all": True, "attention": "attention" in name, "query_value": name.endswith((".q", ".v"))}
+        return self.lora_rank > 0 and is_target[self.lora_targets]
+
+    def input_bytes(self, *, is_frozen: bool, has_adapter: bool) -> float:
+        """Bytes per element that a linear layer keeps of its input.
+
+        A frozen weight has no gradient that would need it; its adapter has: the input itself, or after dropout a copy and a byte of mask.
+        """
+        if not is_frozen:
+            return self.saved_matmul_bytes
+        kept = self.compute_bytes if self.keeps_frozen_inputs else 0.0
+        if has_adapter and self.lora_has_dropout:
+            return kept + self.compute_bytes + 1
+        return max(kept, self.compute_bytes) if has_adapter else kept
 
 
 @dataclass(frozen=True)
@@ -112,6 +146,8 @@ class OpCost:
     tied_params: Array = 0.0
     """Shared with the embedding; a copy exists only where the pipeline parts them."""
     frozen_params: Array = 0.0
+    frozen_matrix_params: Array = 0.0
+    """Those of them that are matrices of blocks, which may be stored in a narrow format."""
     factored_elements: Array = 0.0
     """Rows plus columns of the trained matrices: the state of Adafactor."""
     active_params: Array = 0.0

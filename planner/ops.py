@@ -16,23 +16,10 @@ from typing import Literal
 
 import numpy as np
 
-from planner.op_cost import Array, Numerics, OpCost, Producer, Region, Shard, Transfer
+from planner.loss_op import Loss, loss_chunks
+from planner.op_cost import Array, Numerics, OpCost, Producer, Region, Shard
 
 __all__ = ["Elementwise", "Embedding", "GroupedLinear", "Linear", "Loss", "Norm", "loss_chunks"]
-
-MOST_LOSS_CHUNKS, LEAST_CHUNK_ROWS = 8, 256
-
-
-def loss_chunks(rows: Array) -> Array:
-    """Parts in which a chunked loss computes logits and their gradient: 8, or fewer where each would have under 256 rows.
-
-    Each part reads and adds to the gradient of the whole head, which costs more than small parts save.
-
-    Example:
-        >>> [int(loss_chunks(rows)) for rows in (100, 512, 8192)]
-        [1, 2, 8]
-    """
-    return np.clip(np.floor_divide(rows, LEAST_CHUNK_ROWS), 1, MOST_LOSS_CHUNKS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +66,19 @@ class Linear:
         bias = (outer if self.bias else 0) + 0.0 * weight
         flops = 2.0 * rows * weight
         is_frozen = numerics.lora_rank > 0
-        adapter = numerics.lora_rank * (inner + outer) if is_frozen and self.is_adapted else 0.0
+        has_adapter = self.is_adapted and numerics.has_adapter(self.name)
+        adapter = numerics.lora_rank * (inner + outer) if has_adapter else 0.0
         adapter_flops = 2.0 * rows * adapter
         saved: dict[Producer, Array] = {}
-        if self.saves_input is not None:
+        is_own_copy = has_adapter and numerics.lora_has_dropout and self.split == "row"
+        kept_bytes = numerics.input_bytes(is_frozen=is_frozen, has_adapter=has_adapter)
+        if kept_bytes and (self.saves_input is not None or is_own_copy):
             # With sequence parallelism a column-split layer keeps only its slice of the input, unless told otherwise.
             is_gathered = self.split != "column" or numerics.saves_gathered_input
             kept_rows = rows if is_gathered else shard.local_tokens * self.token_fraction
-            saved[self.saves_input] = kept_rows * inner * numerics.saved_matmul_bytes
-        if self.enters_again and numerics.saves_gathered_input:
-            saved["norm"] = rows * inner * numerics.saved_matmul_bytes * (np.asarray(shard.sequence_parallel) & (np.asarray(t) > 1))
+            saved[self.saves_input or "matmul"] = kept_rows * inner * kept_bytes
+        if self.enters_again and numerics.saves_gathered_input and kept_bytes:
+            saved["norm"] = rows * inner * kept_bytes * (np.asarray(shard.sequence_parallel) & (np.asarray(t) > 1))
         b = numerics.compute_bytes
         # What was kept as a slice is gathered once more for the weight gradient.
         is_again = self.split == "column" and not numerics.saves_gathered_input and numerics.lora_rank == 0
@@ -99,7 +89,7 @@ class Linear:
         if self.is_chunked and numerics.loss_kernel == "chunked":
             num_chunks = loss_chunks(rows)
             # Both gradients are made with the loss: that of the weight in fp32, to which every chunk's product is added.
-            saved = {"logits": rows * inner * b + weight * 4.0}
+            saved = {"logits": rows * inner * b + weight * 4.0 * (not is_frozen)}
             workspace = rows / num_chunks * outer * b + weight * b if b < 4 else workspace
         return OpCost(
             self,
@@ -108,6 +98,7 @@ class Linear:
             vector_params=0.0 if is_frozen else bias,
             tied_params=weight if self.is_tied else 0.0,
             frozen_params=(0.0 if self.is_tied else weight) + bias if is_frozen else 0.0,
+            frozen_matrix_params=weight if is_frozen and not is_embedding else 0.0,
             factored_elements=0.0 if is_frozen or is_embedding else inner + outer,
             active_params=weight + bias,
             model_forward_flops=flops + adapter_flops,
@@ -160,13 +151,13 @@ class GroupedLinear:
         bias = num_local * outer if self.bias else 0.0
         per_expert = inner * outer + (outer if self.bias else 0.0)
         flops, even_flops = 2.0 * rows * inner * outer, 2.0 * even_rows * inner * outer
-        is_frozen = numerics.lora_rank > 0
-        adapter = num_local * numerics.lora_rank * (inner + outer) if is_frozen else 0.0
-        adapter_flops = 2.0 * rows * numerics.lora_rank * (inner + outer)
+        is_frozen, has_adapter = numerics.lora_rank > 0, numerics.has_adapter(self.name)
+        adapter = num_local * numerics.lora_rank * (inner + outer) if has_adapter else 0.0
+        adapter_flops = 2.0 * rows * numerics.lora_rank * (inner + outer) * has_adapter
         b = numerics.compute_bytes
         saved: dict[Producer, Array] = {}
         if self.saves_input is not None:
-            saved[self.saves_input] = rows * inner * numerics.saved_matmul_bytes
+            saved[self.saves_input] = rows * inner * numerics.input_bytes(is_frozen=is_frozen, has_adapter=has_adapter)
         taken, made = rows * outer * b, rows * inner * b
         if numerics.loops_experts:
             # The gradient of all results stays until the last expert is done; those of the inputs are pieces until then.
@@ -177,6 +168,7 @@ class GroupedLinear:
             matrix_params=adapter if is_frozen else weight,
             vector_params=0.0 if is_frozen else bias,
             frozen_params=weight + bias if is_frozen else 0.0,
+            frozen_matrix_params=weight if is_frozen else 0.0,
             factored_elements=0.0 if is_frozen else num_local * (inner + outer),
             active_params=per_expert * self.num_experts_per_token,
             model_forward_flops=even_flops,
@@ -307,10 +299,11 @@ class Elementwise:
             rows = shard.region_tokens(self.region) * self.tokens_scale / shard.region_split(self.region)
         b = numerics.compute_bytes
         at_once = b * rows / (self.num_experts / shard.ep if self.num_experts and numerics.loops_experts else 1)
+        kept_bytes = numerics.activation_input_bytes or b if self.name.endswith("activation") else b
         between = 0.0 if numerics.fused_activation else self.num_between
         saved: dict[Producer, Array] = {}
         for producer, width in self.saves:
-            saved[producer] = saved.get(producer, 0.0) + rows * width * b
+            saved[producer] = saved.get(producer, 0.0) + rows * width * kept_bytes
         for producer, num_bytes in self.saves_bytes:
             saved[producer] = saved.get(producer, 0.0) + rows * num_bytes
         if between:
@@ -328,49 +321,3 @@ class Elementwise:
             grad_input_bytes=0.0 if self.is_residual else at_once * self.reads,
             num_kernels=2 if between else 1,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """Softmax cross-entropy over the vocabulary of this device.
-
-    Formula: bytes kept per logit: unfused 4 (fp32 probabilities) beside the logits themselves in compute format and
-    fp32; vocab_parallel 4: probabilities that took the place of an fp32 copy and will give it to their gradient (Megatron-Core,
-    VocabParallelCrossEntropy); fused: the logits, overwritten by their gradient; chunked: none, as the head has its gradients already.
-    `workspace_bytes` is the gradient while the backward pass of the head runs, or one chunk of logits in fp32 and compute format.
-    Classes split over t ranks: each token's largest logit, sum of exponentials and target logit, in fp32, summed one after the other
-    (Megatron-LM, arXiv:1909.08053 section 3) or, chunked, gathered at once.
-    """
-
-    name: str
-    vocab_size: int
-    token_fraction: float = 1.0
-    kind: str = field(default="memory", init=False)
-    is_expert: bool = field(default=False, init=False)
-
-    def cost(self, shard: Shard, numerics: Numerics) -> OpCost:
-        """See `Op.cost`."""
-        rows = shard.tokens * self.token_fraction
-        logits = rows * self.vocab_size / shard.tp
-        b = numerics.compute_bytes
-        kept, transient, moved = {
-            "unfused": (b + 4.0 + 4.0, 4.0 + b, 3 * b + 24.0),
-            "vocab_parallel": (4.0, b, 2 * b + 16.0),
-            "fused": (b, 0.0, 3 * b),
-            "chunked": (0.0, (4.0 + b * (b < 4)) / loss_chunks(rows), 3 * b),
-        }[numerics.loss_kernel]
-        return OpCost(
-            self,
-            forward_bytes=logits * moved / 2,
-            backward_bytes=logits * moved / 2,
-            saved={"logits": logits * kept} if numerics.loss_kernel != "chunked" else {},
-            workspace_bytes=logits * transient,
-            transfers=(self._exchange(shard, numerics),),
-            num_kernels=4 if numerics.loss_kernel in ("unfused", "vocab_parallel") else 1,
-        )
-
-    def _exchange(self, shard: Shard, numerics: Numerics) -> Transfer:
-        num_bytes = 3 * 4.0 * shard.tokens * self.token_fraction * (np.asarray(shard.tp) > 1)
-        if numerics.loss_kernel == "chunked":
-            return Transfer("all_gather", "tp", "forward", shard.tp * num_bytes, loss_chunks(shard.tokens * self.token_fraction))
-        return Transfer("all_reduce", "tp", "forward", num_bytes, 3)

@@ -6,7 +6,7 @@ fp32 weights in place): see `efficiency.StackSpec`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.registry import unknown_name
 
@@ -40,6 +40,16 @@ class Precision:
     def needs_master_weights(self) -> bool:
         """Whether fp32 weights are kept beside, or instead of, the compute weights."""
         return self.compute_bytes < 4
+
+    def on(self, has_fp4_units: bool) -> Precision:
+        """The same on a device that multiplies 8-bit matrices in either order.
+
+        Tensor cores of Blackwell, the first with fp4, do; those of Hopper and Ada go row by column only, so that every weight is kept twice.
+        Blocks of scales (mxfp8, nvfp4) have one direction in any case.
+
+        Source: NVIDIA/TransformerEngine transformer_engine/pytorch/utils.py, is_non_tn_fp8_gemm_supported.
+        """
+        return replace(self, quantized_weight_bytes=1) if self.name == "fp8" and has_fp4_units else self
 
 
 _IEEE = "IEEE 754; NVIDIA A100 whitepaper for tf32"

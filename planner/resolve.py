@@ -96,7 +96,8 @@ def _fill(request: Request, model: ModelSpec, cluster: Cluster, stack: StackSpec
         assumptions.append(f"stack {stack.name}: none was named")
     if stack.communication is not None:
         cluster = replace(cluster, communication_fraction=stack.communication.value)
-    workload, precision = request.workload, get_precision(request.workload.precision)
+    workload = request.workload
+    precision = get_precision(workload.precision).on("nvfp4" in cluster.accelerator.dense_flops_per_s)
     seq_len = workload.seq_len
     if seq_len is None:
         seq_len = min(model.max_position_embeddings, DEFAULT_SEQ_LEN)

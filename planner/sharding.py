@@ -44,12 +44,22 @@ class Sharding:
     """Gradients of the residual stream, in fp32 too, while the embedding's is made; in streams of compute format."""
 
     @staticmethod
+    def whole_model(kept: Array, compute_bytes: float) -> Sharding:
+        """Everything gathered at once, and its gradients made at once."""
+        none = np.zeros(1)
+        never = np.zeros(1, bool)
+        return Sharding(none, none, kept, none, none, never, never, none, none, np.full(1, compute_bytes), np.ones(1))
+
+    @staticmethod
     def of(graph: StepGraph, stack: StackSpec) -> Sharding:
         """The rates of a stack under the layout's ZeRO stage."""
         precision, zero = graph.precision, np.asarray(graph.layout.zero_stage)
         compute, in_place = precision.compute_bytes, stack.weight_storage == "fp32_in_place"
         is_sharded, is_wrapped = np.asarray(graph.fsdp_degree) > 1, wraps_weights(graph)
         waits = stack.pipeline_waits and graph.layout.pp > 1
+        if stack.is_one_fsdp_unit:
+            whole = np.where(is_sharded & (zero == 3), compute * (1 if graph.numerics.lora_rank else 2), 0.0)
+            return Sharding.whole_model(np.asarray(whole)[..., None], compute)
         drops = is_sharded & (zero == 3) & (not waits)
         sends = (is_wrapped & in_place) | drops
         many = np.asarray(graph.num_microbatches) > 1

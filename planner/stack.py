@@ -55,9 +55,12 @@ class StackSpec(Spec):
     description: str
     source: str
     date: str
-    weight_storage: Literal["separate_master", "fp32_in_place"]
+    weight_storage: Literal["separate_master", "fp32_in_place", "compute_only"]
     """`separate_master`: weights in compute format and an fp32 copy with the optimizer (Megatron, DeepSpeed);
-    `fp32_in_place`: fp32 weights, cast when used (FSDP, DDP with autocast, JAX)."""
+    `fp32_in_place`: fp32 weights, cast when used (FSDP, DDP with autocast, JAX); `compute_only`: weights, gradients and optimizer
+    states all in compute format (Lightning's bf16-true)."""
+    keeps_quantized_weights: bool = False
+    """With fp8 and narrower, matrices of blocks are stored in that format alone, beside the fp32 master (fp8_param_gather of Megatron-Core)."""
     gradient_bytes: float = Field(ge=1, le=4)
     """Bytes of one accumulated gradient, with a 2-byte compute format."""
     gradient_bytes_by_precision: dict[str, float] = Field(default_factory=dict)
@@ -70,6 +73,8 @@ class StackSpec(Spec):
     """Bytes of one gradient element on the wire."""
     frees_gradients: bool = False
     """Gradients are made anew each step (`zero_grad(set_to_none=True)`), not kept in buffers."""
+    is_one_fsdp_unit: bool = False
+    """ZeRO-3 gathers the whole model, and makes all of its gradients, at once: no block is wrapped by itself."""
     pipeline_keeps_outputs: bool = False
     """Pipeline stages have a buffer for everything they will receive in a step, and hold their outputs while a microbatch is in flight
     (torch.distributed.pipelining)."""
@@ -98,6 +103,10 @@ class StackSpec(Spec):
     fused_activation: bool
     """Activation and its product with the gate run inside one kernel that keeps only its inputs."""
     fused_norm: bool
+    repeats_keys: bool = False
+    """Keys and values are repeated for every query head before the kernel."""
+    keeps_fused_projection: bool = False
+    """Values are a view of one tensor with queries and keys before rotation, so that all of it stays with the rotated ones."""
     saves_gathered_input: bool
     selective_recompute: list[Literal["norm", "activation", "scores", "dropout", "dispatch"]]
     """Producers whose tensors `recompute: selective` drops."""

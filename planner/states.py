@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.framework_buffers import step_gradient_bytes
+from planner.framework_buffers import frozen_matrix_bytes, step_gradient_bytes
 from planner.graph import Part, StepGraph
 from planner.optimizers import get_optimizer
 from planner.stack import StackSpec
@@ -32,23 +32,35 @@ class StateFormat:
 
     stored: float
     """The weight itself."""
+    matrix: float
+    """The same of a matrix; 0 where its low-precision copy is all there is."""
+    frozen_matrix: float
+    """A matrix of a block that is not trained."""
     quantized_copy: Array
     """Low-precision copies of a matrix."""
     gradient: float
     master: float
     """A separate fp32 weight, with the optimizer; and the gradient in the format of its step."""
+    state_scale: float
+    """Size of an optimizer state over that in fp32."""
 
 
 def state_format(graph: StepGraph, stack: StackSpec) -> StateFormat:
     """Formats of weights, gradients and master copies under a stack and a precision."""
     precision, zero = graph.precision, np.asarray(graph.layout.zero_stage)
-    is_mixed = precision.needs_master_weights
-    in_place = stack.weight_storage == "fp32_in_place"
+    is_mixed, compute = precision.needs_master_weights, precision.compute_bytes
+    in_place, is_pure = stack.weight_storage == "fp32_in_place", stack.weight_storage == "compute_only"
+    is_narrow = stack.keeps_quantized_weights and precision.is_quantized
+    accumulated = compute if is_pure else stack.gradient_bytes_by_precision.get(precision.name, stack.gradient_bytes)
+    stored = 4.0 if in_place or not is_mixed else compute
     return StateFormat(
-        stored=4.0 if in_place or not is_mixed else precision.compute_bytes,
+        stored=stored,
+        matrix=0.0 if is_narrow else stored,
+        frozen_matrix=frozen_matrix_bytes(graph, stack),
         quantized_copy=precision.quantized_weight_bytes * np.where(zero >= 3, 0.0, 1.0),
-        gradient=4.0 if not is_mixed or in_place else stack.gradient_bytes_by_precision.get(precision.name, stack.gradient_bytes),
-        master=4.0 + step_gradient_bytes(graph, stack) if is_mixed and not in_place else 0.0,
+        gradient=4.0 if not is_mixed or in_place else accumulated,
+        master=4.0 + step_gradient_bytes(graph, stack) if is_mixed and not in_place and not is_pure else 0.0,
+        state_scale=compute / 4 if is_pure else 1.0,
     )
 
 
@@ -69,13 +81,13 @@ def part_states(graph: StepGraph, stack: StackSpec, part: Part, is_expert: bool)
     precision, kept, optimizer = graph.precision, state_format(graph, stack), get_optimizer(graph.workload.optimizer)
     by_weights, by_gradients, by_states = zero_degrees(graph, stack, is_expert)
     matrix, other = trained_params(part, is_expert, graph.layout.pp > 1)
-    frozen = part.param_total("frozen_params", is_expert=is_expert)
+    frozen, frozen_matrix = (part.param_total(name, is_expert=is_expert) for name in ("frozen_params", "frozen_matrix_params"))
     factored = part.param_total("factored_elements", is_expert=is_expert)
     trained = matrix + other
-    weight_bytes = (trained * kept.stored + frozen * precision.compute_bytes) / by_weights
-    weight_bytes = weight_bytes + matrix * kept.quantized_copy
-    state_bytes = trained * kept.master + other * optimizer.other_state_bytes
-    state_bytes = state_bytes + (4.0 * factored if optimizer.is_factored else matrix * optimizer.matrix_state_bytes)
+    held = matrix * kept.matrix + other * kept.stored + frozen_matrix * kept.frozen_matrix + (frozen - frozen_matrix) * precision.compute_bytes
+    weight_bytes = held / by_weights + matrix * kept.quantized_copy
+    states = other * optimizer.other_state_bytes + (4.0 * factored if optimizer.is_factored else matrix * optimizer.matrix_state_bytes)
+    state_bytes = trained * kept.master + states * kept.state_scale
     return weight_bytes, trained * kept.gradient / by_gradients, state_bytes / by_states
 
 

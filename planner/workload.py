@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from planner.spec import Count, PositiveInt, Spec
 
@@ -32,11 +32,21 @@ class Workload(Spec):
     loss_kernel: Literal["auto", "fused", "vocab_parallel", "unfused", "chunked"] = "auto"
     """`unfused` keeps fp32 logits and probabilities; `vocab_parallel` fp32 probabilities; `fused` the logits in the compute format; `chunked`
     an eighth of them."""
+    activation_input: Literal["compute", "fp8"] = "compute"
+    """What activation functions keep their input in (activation_func_fp8_input_store of Megatron-Core)."""
     lora_rank: PositiveInt | None = None
-    """Rank of the adapters on all linear layers of the blocks; only with job: lora."""
+    """Rank of the adapters on linear layers of the blocks; only with job: lora."""
+    lora_targets: Literal["all", "attention", "query_value"] = "all"
+    """Which of those layers have adapters: all, attention's projections, or those of queries and values."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapters; what matters here is whether there is any."""
+    frozen_format: Literal["compute", "nf4", "nf4_double", "int8"] = "compute"
+    """What frozen matrices are stored in, with job: lora: the compute format, or one of QLoRA's (arXiv:2305.14314)."""
 
     @model_validator(mode="after")
     def _lora_rank_only_with_lora(self) -> Workload:
         if self.lora_rank is not None and self.job != "lora":
             raise ValueError(f"lora_rank belongs to job: lora, not to job: {self.job}; leave lora_rank out or set job: lora")
+        if self.job != "lora" and (self.lora_targets, self.lora_dropout, self.frozen_format) != ("all", 0.0, "compute"):
+            raise ValueError("lora_targets, lora_dropout and frozen_format belong to job: lora; leave them out or set job: lora")
         return self

@@ -153,11 +153,19 @@ def _state_formula(trace: Trace, what: str, part: Part, is_expert: bool) -> tupl
         else:
             inputs.append(Input("matrix_state_bytes", optimizer.matrix_state_bytes, optimizer.source))
             matrices = "matrix_params * matrix_state_bytes"
-        return f"((matrix_params + other_params) * master_bytes + other_params * other_state_bytes + {matrices}) / zero_degree", inputs
-    formula = "((matrix_params + other_params) * stored_bytes + frozen_params * compute_bytes) / zero_degree + matrix_params * quantized_copy_bytes"
+        inputs.append(Input("state_scale", kept.state_scale, storage))
+        states = f"(other_params * other_state_bytes + {matrices}) * state_scale"
+        return f"((matrix_params + other_params) * master_bytes + {states}) / zero_degree", inputs
+    frozen = [Input(name, float(part.param_total(name, is_expert=is_expert)), "not trained") for name in ("frozen_params", "frozen_matrix_params")]
+    formula = (
+        "(matrix_params * matrix_bytes + other_params * stored_bytes + frozen_matrix_params * frozen_matrix_bytes"
+        " + (frozen_params - frozen_matrix_params) * compute_bytes) / zero_degree + matrix_params * quantized_copy_bytes"
+    )
     return formula, [
         *counts,
-        Input("frozen_params", float(part.param_total("frozen_params", is_expert=is_expert)), "not trained"),
+        *frozen,
+        Input("matrix_bytes", kept.matrix, storage),
+        Input("frozen_matrix_bytes", kept.frozen_matrix, f"{storage}, frozen_format {graph.workload.frozen_format}"),
         Input("stored_bytes", kept.stored, storage),
         Input("compute_bytes", graph.precision.compute_bytes, graph.precision.source),
         group,

@@ -17,7 +17,7 @@ ROOT = Path(planner.__file__).parent
 LEVELS: dict[str, int] = {
     **dict.fromkeys(("units", "errors", "registry", "files", "spec", "catalog_files"), 0),
     **dict.fromkeys(("precision", "optimizers", "model_spec", "workload", "layout", "curves", "hardware"), 1),
-    **dict.fromkeys(("op_cost", "attention_op", "collective_op", "ops", "collectives", "layout_rules"), 2),
+    **dict.fromkeys(("op_cost", "attention_op", "collective_op", "loss_op", "ops", "collectives", "layout_rules"), 2),
     "architectures": 3,
     "run_files": 1,
     "stack": 2,

@@ -46,7 +46,7 @@ def test_wrong_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
         ({"arch_family": "mamba2-hybrid"}, "is no architecture that the planner knows"),
         ({"micro_batch_size": ""}, "micro_batch_size = None: was not published"),
         ({"accelerator": "abacus"}, "known names"),
-        ({"job": "qlora"}, "is no job of the planner"),
+        ({"job": "distillation"}, "is no job of the planner"),
         ({"optimizer": "SOAP"}, "is no optimizer of the planner"),
         ({"sharding": "zero-3 +opt offload", "zero_stage": "3"}, "host memory"),
         ({"dp": "7"}, "disagrees with num_devices"),
@@ -75,7 +75,7 @@ def test_being_far_off_is_no_reason() -> None:
         ("Megatron-DeepSpeed", "2022", "megatron-deepspeed"),
         ("Megatron-DeepSpeed", "2023", "deepspeed"), ("Megatron-DeepSpeed ZeRO-3", "2022", "deepspeed"), ("NeMo 2/Megatron-Core", "2025", "nemo"),
         ("Megatron-Bridge (NeMo 26.04)", "2026", "nemo"), ("llm-foundry/Composer FSDP", "2023", "llm-foundry"), ("MaxText", "2024", "maxtext"),
-        ("torchtitan", "2025", "torchtitan"), ("LitGPT", "2024", "torch-eager"), ("", "", "torch-eager"),
+        ("torchtitan", "2025", "torchtitan"), ("LitGPT", "2024", "litgpt"), ("nanotron", "2024", "nanotron"), ("", "", "torch-eager"),
     ],
 )  # fmt: skip
 def test_stacks_by_framework_and_year(framework: str, year: str, stack: str) -> None:
