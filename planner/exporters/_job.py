@@ -62,6 +62,8 @@ class Draft:
 
 PLANNING_ONLY = {
     "stack": "names the software whose efficiency the prediction assumes",
+    "cluster.accelerator": "is where the job is sent, no setting of a run",
+    "cluster.node_size": "is where the job is sent, no setting of a run",
     "catalog": "a file on this machine with hardware and prices for the prediction",
     **{f"cluster.{key}": "prices the plan; no setting of a run" for key in ("offer", "pricing", "price", "network", "domain_size")},
 }
@@ -147,11 +149,18 @@ class ExportJob:
         """Counts every key that starts with `prefix` as exported."""
         self._read |= {key for key in self.keys if key.startswith(prefix)}
 
+    def unread_structure(self) -> list[str]:
+        """Keys of the model's structure that were neither read nor dropped and say something: the target would build another model."""
+        known = {*ModelSpec.model_fields, *PARTS}
+        rest = [key for key in self.keys if key.startswith("model.") and key.split(".")[1] in known and key not in self._read]
+        return [key.removeprefix("model.") for key in rest if key not in self._dropped and not self._is_neutral(key)]
+
     def number(self, key: str) -> float | int | None:
         """`read` of a number under `training:`, which nobody checked yet; None where absent."""
-        value = self.read(key)
+        value = self.keys.get(key)
         if value is None:
             return None
+        self.read(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise InputError.single(key, value, "must be a number", "write a number, or leave it out")
         return value
@@ -198,7 +207,7 @@ class ExportJob:
             kind: type[Spec] | None = PARTS.get(part) if inner else ModelSpec
             fields = kind.model_fields if kind else {}
             return (inner or name) in fields and value == fields[inner or name].default
-        return key == "cluster.pricing" and value == "on_demand"
+        return key == "cluster.num_devices" or (key == "cluster.pricing" and value == "on_demand")  # the product of the degrees says it
 
     def placeholder(self, name: str, meaning: str, pattern: str = FREE_TEXT) -> str:
         """What the user gave for `name`, else `<NAME>`; listed either way.
