@@ -18,7 +18,10 @@ from planner.model_spec import ModelSpec
 from planner.op_cost import Op
 from planner.registry import Registry, unknown_name
 
-__all__ = ["ARCHITECTURES", "Architecture", "ModelOps", "load_model", "model_ops", "preset_names", "preset_record", "read_model_config", "unread_keys"]
+__all__ = [
+    "ARCHITECTURES", "Architecture", "ModelOps", "load_model", "model_ops", "preset_names", "preset_record", "read_model_config",
+    "unread_keys",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def export_plan(
         return draft
 
     job.write_trainer = write_trainer
-    job.trainer_version = inner_version if exporter.kind == "launcher" else version
+    job.trainer = inner.name
     job.leftover = exporter.leftover
     draft = exporter.write(job)
     job.check_fills()

@@ -106,7 +106,7 @@ class ExportJob:
     def __init__(self, plan: Plan, target: str, version: str, fills: dict[str, str]) -> None:
         request = plan.to_request()
         self.plan = plan
-        self.target, self.version, self.trainer_version = target, version, version
+        self.target, self.version, self.trainer = target, version, ""
         self.layout: Layout = plan.layout
         self.workload: Workload = request.workload
         self.model: ModelSpec = load_model(request.model)
@@ -284,9 +284,9 @@ class ExportJob:
         plan = self.plan
         digest = hashlib.sha256(to_json(plan.inputs).encode("utf-8", "replace")).hexdigest()[:12]
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        predicted = f"predicted: peak {format_gib(plan.memory.peak_bytes.value)} GiB, {plan.time.tokens_per_s_per_device:,.0f} tok/s/device"
         lines = (
             f"planner {plan.provenance.get('planner_version', 'unknown')}, plan {digest}, for {self.target} {self.version}, {today}",
-            f"{self.model_name} on {self.cluster.num_devices} x {self.cluster.accelerator.id}, predicted: "
-            f"peak {format_gib(plan.memory.peak_bytes.value)} GiB, {plan.time.tokens_per_s_per_device:,.0f} tok/s/device",
+            f"{self.model_name} on {self.cluster.num_devices} x {self.cluster.accelerator.id}, {predicted}",
         )
         return "".join(f"{comment}{one_line(line, 200)}\n" for line in lines)

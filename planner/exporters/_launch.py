@@ -19,7 +19,7 @@ def program_of(job: ExportJob) -> tuple[Draft, Program]:
     """
     draft = job.write_trainer()
     if draft.program is None:
-        raise InputError.single("--trainer", draft.how.split()[0], "torchrun cannot start it", f"start it by itself: {draft.how}")
+        raise InputError.single("--trainer", job.trainer, "torchrun cannot start it", f"start it by itself: {draft.how}")
     return draft, draft.program
 
 

@@ -32,7 +32,7 @@ class Reftrain(Exporter):
             del values["catalog"]
             job.drop("catalog", self.leftover)
         if not isinstance(values["model"], str) or values["model"] not in preset_names():
-            values["model"] = {"name": job.model_name, **job.config}
+            values["model"] = {"name": job.model_name, **{key: value for key, value in job.config.items() if key != "_name_or_path"}}
         if "/" in str(values["stack"]) or str(values["stack"]).endswith((".yaml", ".yml")):
             del values["stack"]
             job.drop("stack", self.leftover)

@@ -85,8 +85,8 @@ class Torchtitan(Exporter):
         imports: list[str] = []
         head = _model(job, imports)
         lines = [*_layout(job), *_training(job, imports)]
-        lines.append(f"cfg.dump_folder = {ascii(job.placeholder('RUN_DIR', 'folder for logs and checkpoints, on storage that all nodes see'))}")
-        lines.append(f"cfg.hf_assets_path = {ascii(job.placeholder('HF_ASSETS', 'folder with the tokenizer'))}")
+        lines.append(f"cfg.dump_folder = {job.placeholder('RUN_DIR', 'folder for logs and checkpoints, on storage that all nodes see')!a}")
+        lines.append(f"cfg.hf_assets_path = {job.placeholder('HF_ASSETS', 'folder with the tokenizer')!a}")
         job.check()
         if "training.data" in job.keys:
             job.drop("training.data", "torchtitan reads its own registered datasets: set cfg.dataloader")
