@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 import typer
 from typer.exceptions import TyperException
 
+from planner.cli_export import add_commands as add_export_commands
 from planner.errors import InputError, PlannerError, Problem, nearest
 
 __all__ = ["JsonFlag", "app", "main", "make_app", "run_app"]
@@ -27,6 +28,7 @@ def make_app(text: str) -> typer.Typer:
 
 
 app = make_app("Plan an LLM training run before you pay for it.")
+add_export_commands(app)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 PlanFile = Annotated[str | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; options below change it.")]

@@ -18,7 +18,10 @@ from planner.model_spec import ModelSpec
 from planner.op_cost import Op
 from planner.registry import Registry, unknown_name
 
-__all__ = ["ARCHITECTURES", "Architecture", "ModelOps", "load_model", "model_ops", "preset_names", "preset_record", "read_model_config"]
+__all__ = [
+    "ARCHITECTURES", "Architecture", "ModelOps", "load_model", "model_ops", "preset_names", "preset_record", "read_model_config",
+    "unread_keys",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,17 @@ def read_model_config(model: str | Mapping[str, Any]) -> tuple[dict[str, Any], s
         name = file.parent.name if file.name == "config.json" and file.parent.name else file.stem
         return config, name, str(file)
     return dict(preset_record(model)["config"]), model, f"preset {model}"
+
+
+def unread_keys(model: str | Mapping[str, Any]) -> set[str]:
+    """Keys of a configuration that do not change what the model costs, such as `rope_theta`.
+
+    Raises:
+        InputError: see `load_model`.
+    """
+    reader = Config(*read_model_config(model))
+    ARCHITECTURES[reader.model_type].read(reader)
+    return reader.unread
 
 
 def _read_config(config: dict[str, Any], name: str, where: str) -> ModelSpec:

@@ -168,6 +168,11 @@ class Config:
         if self._problems:
             raise InputError(*self._problems)
 
+    @property
+    def unread(self) -> set[str]:
+        """Keys that nobody asked for: they do not change what the model costs."""
+        return {key for key in self.values if key not in self._asked}
+
     def _note_misspelt(self) -> None:
         """A key that nobody reads, and that looks like one which is missing, would be defaulted in silence."""
         missing = [key for key in self._asked if self.values.get(key) is None]
