@@ -123,6 +123,7 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     instant = np.argmax(np.stack(totals), axis=0)
     names = ("gradients", "activations", "logits", "cast_weights", "recompute_workspace", "gathered_weights", "temporaries")
     found = {name: np.choose(instant, [np.broadcast_to(parts.get(name, 0.0), shape) for parts in instants]) for name in names}
+    found["temporaries"] = found["temporaries"] + stack.workspace
     buffers = _buffers(graph, stack)
     lasting = {"weights": weights, "optimizer": optimizer, "communication_buffers": buffers}
     parts = {**found, **{name: np.broadcast_to(value, shape) for name, value in lasting.items()}}
