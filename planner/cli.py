@@ -49,7 +49,7 @@ def estimate(
     job: Annotated[str | None, typer.Option(metavar="NAME", help="pretrain, finetune or lora.")] = None,
     lora_rank: Annotated[str | None, typer.Option(metavar="N", help="Rank of the adapters, with --job lora.")] = None,
     attention_kernel: Annotated[str | None, typer.Option(metavar="NAME", help="auto, flash or unfused.")] = None,
-    loss_kernel: Annotated[str | None, typer.Option(metavar="NAME", help="auto, fused, vocab_parallel, unfused or chunked.")] = None,
+    loss_kernel: Annotated[str | None, typer.Option(metavar="NAME", help="auto, fused, compiled, vocab_parallel, unfused or chunked.")] = None,
     offer: Annotated[str | None, typer.Option(metavar="NAME", help="Cloud offer, e.g. aws/p5.48xlarge.")] = None,
     pricing: Annotated[str | None, typer.Option(metavar="NAME", help="on_demand, spot, reserved_1y or reserved_3y.")] = None,
     price: Annotated[str | None, typer.Option(metavar="USD", help="Dollars per device-hour, instead of the catalog's.")] = None,
@@ -253,14 +253,16 @@ def catalog(
 
 @app.command(epilog="Example: planner validate --measurements data/measurements/anchors.csv")
 def validate(
-    measurements: Annotated[str, typer.Option(metavar="FILE.csv", help="Published or own measurements.")], as_json: JsonFlag = False
+    measurements: Annotated[list[str], typer.Option(metavar="FILE.csv", help="Published or own measurements; may be given again.")],
+    as_json: JsonFlag = False,
 ) -> None:
-    """Predictions against a table of measurements."""
+    """Predictions against tables of measurements."""
     from planner.files import to_json
-    from planner.validation import read_rows, render_markdown, validate_rows
+    from planner.report.validation_text import render_markdown
+    from planner.validation import read_rows, validate_rows
 
-    report = validate_rows(read_rows(measurements))
-    sys.stdout.write(to_json(report.to_dict()) if as_json else render_markdown(report))
+    report = validate_rows(row for name in measurements for row in read_rows(name))
+    sys.stdout.write(to_json(report.to_dict()) if as_json else render_markdown(report, measurements))
 
 
 @app.command(epilog="Example: planner calibrate runs/a runs/b runs/c --out stack.yaml")

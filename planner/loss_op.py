@@ -34,7 +34,8 @@ class Loss:
 
     Formula: bytes kept per logit: unfused 4 (fp32 probabilities) beside the logits themselves in compute format and
     fp32; vocab_parallel 4: probabilities that took the place of an fp32 copy and will give it to their gradient (Megatron-Core,
-    VocabParallelCrossEntropy); fused: the logits, overwritten by their gradient; chunked: none, as the head has its gradients already.
+    VocabParallelCrossEntropy); compiled: the same beside another fp32 copy, for compiled kernels write to tensors of their own (its
+    cross_entropy_loss_fusion); fused: the logits, overwritten by their gradient; chunked: none, as the head has its gradients already.
     `workspace_bytes` is the gradient while the backward pass of the head runs, or one chunk of logits in fp32 and compute format.
     Classes split over t ranks: each token's largest logit, sum of exponentials and target logit, in fp32, summed one after the other
     (Megatron-LM, arXiv:1909.08053 section 3) or, chunked, gathered at once.
@@ -54,6 +55,7 @@ class Loss:
         kept, transient, moved = {
             "unfused": (b + 4.0 + 4.0, 4.0 + b, 3 * b + 24.0),
             "vocab_parallel": (4.0, b, 2 * b + 16.0),
+            "compiled": (4.0, b + 4.0, 2 * b + 16.0),
             "fused": (b, 0.0, 3 * b),
             "chunked": (0.0, (4.0 + b * (b < 4)) / loss_chunks(rows), 3 * b),
         }[numerics.loss_kernel]
@@ -64,7 +66,7 @@ class Loss:
             saved={"logits": logits * kept} if numerics.loss_kernel != "chunked" else {},
             workspace_bytes=logits * transient,
             transfers=(self._exchange(shard, numerics),),
-            num_kernels=4 if numerics.loss_kernel in ("unfused", "vocab_parallel") else 1,
+            num_kernels=4 if numerics.loss_kernel in ("unfused", "vocab_parallel") else 3 if numerics.loss_kernel == "compiled" else 1,
         )
 
     def _exchange(self, shard: Shard, numerics: Numerics) -> Transfer:

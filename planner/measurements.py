@@ -49,7 +49,7 @@ UNFUSED_STACKS = {"megatron-2021": "megatron-core", "megatron-deepspeed": "deeps
 ZERO_1_STACKS = ("megatron-deepspeed", "nemo")
 """BigScience's scripts set ZERO_STAGE=1, NeMo's recipes use_distributed_optimizer."""
 GELU_DROPOUT = 0.1
-"""Megatron's GPT of 2021 and 2022 trained with dropout."""
+"""Megatron-LM's default for attention and hidden states; NeMo's recipes train without."""
 ACCELERATORS = {
     "mi250x-gcd": "mi250x",
     "a100-80gb-sxm (40/80 not stated)": "a100-80gb-sxm",
@@ -196,7 +196,7 @@ def _model(row: Measurement, stack: str) -> dict[str, Any]:
     if model_type == "gpt2":
         if kv_heads != heads:
             raise _refuse(row, "num_kv_heads", "GPT-2's block has as many key-value heads as heads")
-        dropout = GELU_DROPOUT if stack in UNFUSED_STACKS else 0.0
+        dropout = GELU_DROPOUT if stack in UNFUSED_STACKS or "megatron-lm" in row.text("framework") else 0.0
         return common | {
             "n_embd": hidden, "n_layer": layers, "n_head": heads, "n_inner": width, "n_positions": positions,
             "attn_pdrop": dropout, "resid_pdrop": dropout,
@@ -292,7 +292,8 @@ def _loss_kernel(row: Measurement) -> str:
     if row.text("loss_kernel"):
         return row.text("loss_kernel")
     if "cross-entropy fusion" in row.text("notes"):
-        return "fused"
+        # Transformer Engine's kernel works in place; Megatron-Core's own compiled one writes to tensors of its own.
+        return "fused" if "(te" in row.text("framework") else "compiled"
     return "vocab_parallel" if stack_of(row) == "megatron-core" and "megatron-lm" in row.text("framework") else "auto"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from planner.graph import StepGraph
 from planner.hardware import Cluster
 from planner.stack import StackSpec
-from planner.stage_memory import StageMemory, Terms
+from planner.stage_memory import WORKSPACES, StageMemory, Terms
 
 __all__ = ["INSTANTS", "MemoryBreakdown", "estimate_memory", "memory_terms", "peak_memory"]
 
@@ -139,6 +139,8 @@ def memory_terms(graph: StepGraph, stack: StackSpec, *, only_fullest: bool = Fal
         for part, more in held.throughout.items():
             terms[part] = terms.get(part, {}) | more
     found["update"] = {"gradients": {"of the stage": held.gradients}}
+    for terms in found.values():
+        terms["temporaries"] = terms.get("temporaries", {}) | {WORKSPACES: np.full(1, stack.workspace)}
     layout = graph.layout
     num_ranks = np.asarray(layout.dp * layout.tp * layout.cp * layout.pp)
     buffers = held.messages.buffers + np.where(num_ranks > 1, stack.collective_buffers, 0.0)[..., None]

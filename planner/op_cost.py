@@ -64,7 +64,7 @@ class Numerics:
     compute_bytes: float = 2
     saved_matmul_bytes: float = 2
     attention_kernel: Literal["flash", "unfused"] = "flash"
-    loss_kernel: Literal["fused", "vocab_parallel", "unfused", "chunked"] = "unfused"
+    loss_kernel: Literal["fused", "compiled", "vocab_parallel", "unfused", "chunked"] = "unfused"
     fused_activation: bool = True
     fused_norm: bool = True
     activation_input_bytes: float = 0.0

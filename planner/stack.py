@@ -96,10 +96,12 @@ class StackSpec(Spec):
     attention_kernel: Literal["flash", "unfused"]
     attention_library: str
     """A kernel of data/attention_kernels.yaml."""
-    loss_kernel: Literal["fused", "vocab_parallel", "unfused", "chunked"]
+    loss_kernel: Literal["fused", "compiled", "vocab_parallel", "unfused", "chunked"]
     keeps_placeholder_gradients: bool = False
     """One tensor in compute format for each shape of matrix, which autograd gets in place of the gradient that the matmul has added to the
     buffer already, kept for the next time (`get_dummy_wgrad` of Transformer Engine 2.3 and later)."""
+    workspace: Bytes = 0.0
+    """Bytes of scratch memory that the math libraries keep inside the framework's allocator from the first step on."""
     fused_activation: bool
     """Activation and its product with the gate run inside one kernel that keeps only its inputs."""
     fused_norm: bool

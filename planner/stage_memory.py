@@ -18,15 +18,16 @@ from planner.sharding import Sharding, expert_params, gathered_params
 from planner.stack import StackSpec
 from planner.states import part_states, wraps_weights
 
-__all__ = ["THROUGHOUT", "StageMemory", "Terms"]
+__all__ = ["THROUGHOUT", "WORKSPACES", "StageMemory", "Terms"]
 
 Array = Any
 Terms = dict[str, dict[str, Array]]
 """Part of the breakdown -> what -> bytes [..., pp]."""
 WHOLE_CHUNKS = 3
 """Chunks of one stage whose weights torch.distributed.pipelining gathers at a time."""
+WORKSPACES = "workspaces of libraries"
 THROUGHOUT = {
-    "masks of attention", "tokens and targets", "outputs of the stage", "inputs that lie in buffers", "gradients that weights wait for",
+    WORKSPACES, "masks of attention", "tokens and targets", "outputs of the stage", "inputs that lie in buffers", "gradients that weights wait for",
 }  # fmt: skip
 """Terms that are there at every instant."""
 INDEX_BYTES = 8

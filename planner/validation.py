@@ -1,6 +1,6 @@
 """Predictions against a table of measurements: errors of step time and memory, and how often the interval holds.
 
-In: rows of `planner.measurements`. Out: a `ValidationReport`, as JSON (`validate --json`) or as the page docs/validation.md.
+In: rows of `planner.measurements`. Out: a `ValidationReport`, as JSON (`validate --json`) or as a page (`report/validation_text.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from planner.op_cost import Numerics
 from planner.plan import Plan
 from planner.units import GIB, MIB
 
-__all__ = ["ErrorSummary", "RowResult", "Skipped", "ValidationReport", "read_rows", "render_markdown", "validate_rows"]
+__all__ = ["ErrorSummary", "RowResult", "Skipped", "ValidationReport", "memory_kind", "read_rows", "validate_rows"]
 
 STATES = ("weights", "gradients", "optimizer", "activations", "logits")
 OUTSIDE_TORCH = ("context", "communication_buffers")
@@ -56,6 +56,10 @@ class RowResult:
     error_fraction: float | None
     low_step_s: float
     high_step_s: float
+    memory_kind: str
+    """What the measured peak counts, and so the predicted one: see `memory_kind`."""
+    fitted: str
+    """What the row was used for, and may not judge: `coefficients` (nothing is judged by it), `interval` (not how often that holds)."""
     predicted_memory_bytes: float
     measured_memory_bytes: float | None
     memory_error_fraction: float | None
@@ -92,6 +96,12 @@ class ValidationReport:
         """Errors of the peak memory."""
         return _memory_summary(self.per_row)
 
+    @property
+    def memory_by_kind(self) -> dict[str, ErrorSummary]:
+        """The same for peaks of each kind: allocated and reserved are different numbers."""
+        kinds = dict.fromkeys(row.memory_kind for row in self.per_row if row.measured_memory_bytes is not None)
+        return {kind: _memory_summary(row for row in self.per_row if row.memory_kind == kind) for kind in kinds}
+
     def by_source(self) -> dict[str, dict[str, Any]]:
         """The same summaries for each source."""
         found: dict[str, dict[str, Any]] = {}
@@ -110,17 +120,20 @@ class ValidationReport:
             "skipped": [asdict(s) for s in self.skipped],
             "throughput": asdict(self.throughput),
             "memory": asdict(self.memory),
+            "memory_by_kind": {kind: asdict(found) for kind, found in self.memory_by_kind.items()},
             "by_source": self.by_source(),
             "per_row": [asdict(row) for row in self.per_row],
         }
 
 
-def _summary(triples: Sequence[tuple[float, bool]]) -> ErrorSummary:
-    if not triples:
+def _summary(judged: Sequence[tuple[float, bool | None]]) -> ErrorSummary:
+    """Of (error, whether the interval holds; None where the interval was fitted to the row)."""
+    if not judged:
         return ErrorSummary(0, None, None, None)
-    errors = np.abs([error for error, _ in triples])
-    covered = float(np.mean([inside for _, inside in triples]))
-    return ErrorSummary(len(triples), float(np.median(errors)), float(np.quantile(errors, 0.9)), covered)
+    errors = np.abs([error for error, _ in judged])
+    held = [inside for _, inside in judged if inside is not None]
+    covered = float(np.mean(held)) if held else None
+    return ErrorSummary(len(judged), float(np.median(errors)), float(np.quantile(errors, 0.9)), covered)
 
 
 def _time_summary(rows: Iterable[RowResult]) -> ErrorSummary:
@@ -134,13 +147,13 @@ def _time_summary(rows: Iterable[RowResult]) -> ErrorSummary:
 
 
 def _memory_summary(rows: Iterable[RowResult]) -> ErrorSummary:
-    return _summary(
-        [
-            (row.memory_error_fraction, row.low_memory_bytes <= row.measured_memory_bytes <= row.high_memory_bytes)
-            for row in rows
-            if row.memory_error_fraction is not None and row.measured_memory_bytes is not None
-        ]
-    )
+    found: list[tuple[float, bool | None]] = []
+    for row in rows:
+        if row.memory_error_fraction is None or row.measured_memory_bytes is None or row.fitted == "coefficients":
+            continue
+        is_inside = row.low_memory_bytes <= row.measured_memory_bytes <= row.high_memory_bytes
+        found.append((row.memory_error_fraction, None if row.fitted == "interval" else is_inside))
+    return _summary(found)
 
 
 def measured_step_s(row: Measurement, request: dict[str, Any], peak_flops_per_s: float) -> float | None:
@@ -174,16 +187,33 @@ def _published_flops_per_token(row: Measurement, request: dict[str, Any]) -> flo
     return flops.get(convention)
 
 
-def predicted_memory_bytes(plan: Plan, definition: str) -> float:
-    """Peak bytes per device in the sense of a `mem_definition`: states and activations only, the framework's allocator, or all."""
+def memory_kind(definition: str) -> str:
+    """What a published peak counts, from its `mem_definition`.
+
+    `states`: a breakdown into weights, gradients, optimizer states and activations. `allocated`: tensors that the framework held at once
+    (torch.cuda.max_memory_allocated). `reserved`: what its allocator took for them. `device`: all that nvidia-smi sees of the device, the
+    runtime's and the communication library's memory too; also where nothing is said.
+
+    Example:
+        >>> memory_kind("nvidia-smi, GB as printed"), memory_kind("torch max allocated GiB")
+        ('device', 'allocated')
+    """
     definition = definition.lower()
-    stage = plan.memory.stages[-1] if "last rank" in definition else plan.memory.stages[plan.memory.peak_stage]
+    for kind, word in (("device", "nvidia-smi"), ("states", "breakdown"), ("reserved", "reserved")):
+        if word in definition:
+            return kind
+    return "allocated" if any(word in definition for word in ("torch", "allocated", "peak")) else "device"
+
+
+def predicted_memory_bytes(plan: Plan, definition: str) -> float:
+    """Peak bytes per device in the sense of a `mem_definition`; of the last stage where that is what its words are about."""
+    kind, stages = memory_kind(definition), plan.memory.stages
+    stage = stages[-1] if "last rank" in definition.lower() else stages[plan.memory.peak_stage]
     parts = stage.breakdown_bytes
-    if "breakdown" in definition:
+    if kind == "states":
         return sum(parts[name] for name in STATES)
-    if "torch" in definition or "allocated" in definition or "peak" in definition:
-        return stage.total_bytes - sum(parts[name] for name in (*OUTSIDE_TORCH, *RESERVED_ONLY))
-    return stage.total_bytes
+    outside = {"allocated": (*OUTSIDE_TORCH, *RESERVED_ONLY), "reserved": OUTSIDE_TORCH, "device": ()}[kind]
+    return stage.total_bytes - sum(parts[name] for name in outside)
 
 
 def _memory_unit_bytes(definition: str) -> float:
@@ -224,6 +254,8 @@ def _result(row: Measurement) -> RowResult:
         error_fraction=None if measured is None else time.value / measured - 1,
         low_step_s=time.low,
         high_step_s=time.high,
+        memory_kind=memory_kind(row.text("mem_definition")),
+        fitted=row.text("fitted"),
         predicted_memory_bytes=memory,
         measured_memory_bytes=found,
         memory_error_fraction=None if found is None else memory / found - 1,
@@ -245,87 +277,3 @@ def validate_rows(rows: Iterable[Measurement]) -> ValidationReport:
         except InputError as error:
             skipped.append(Skipped(row.id, "; ".join(f"{p.key} = {shorten(p.value, 60)}: {p.rule}" for p in error.problems)))
     return ValidationReport(tuple(results), tuple(skipped), sources)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:+.1f}%"
-
-
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g} s"
-
-
-def _gib(value: float | None) -> str:
-    return "-" if value is None else f"{value / GIB:.1f} GiB"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-
-
-def _row_table(rows: Sequence[RowResult]) -> list[str]:
-    has_memory = any(row.measured_memory_bytes is not None for row in rows)
-    header = ["row", "model", "devices", "layout", "batch x sequence", "measured", "predicted", "error"]
-    cells = []
-    for row in rows:
-        line = [
-            row.id, row.model, f"{row.num_devices} {row.accelerator}", row.layout, row.workload, _seconds(row.measured_step_s),
-            _seconds(row.predicted_step_s), _signed(row.error_fraction),
-        ]  # fmt: skip
-        if has_memory:
-            line += [_gib(row.measured_memory_bytes), _gib(row.predicted_memory_bytes), _signed(row.memory_error_fraction)]
-        cells.append(line)
-    return _table(header + (["memory measured", "predicted", "error"] if has_memory else []), cells)
-
-
-def render_markdown(report: ValidationReport) -> str:
-    """The page docs/validation.md: the summary, every row with its error, what was assumed, and how to make the page again."""
-    time, memory = report.throughput, report.memory
-    num_rows = len(report.per_row) + len(report.skipped)
-    summary = (
-        f"{num_rows} rows, {len(report.skipped)} skipped. Step time: median error {_percent(time.median_abs_error_fraction)},"
-        f" 90th percentile {_percent(time.p90_abs_error_fraction)}, interval holds for {_percent(time.interval_coverage_fraction)}"
-        f" of {time.num_rows} rows."
-    )
-    lines = [
-        "# Validation",
-        "",
-        "Step time per optimizer step, predicted against measured. Error is predicted / measured - 1; the interval is the 80% interval that a plan",
-        "states. No row of data/measurements/anchors.csv was used to fit a coefficient. Made by",
-        "",
-        "```",
-        "python -m planner validate --measurements data/measurements/anchors.csv > docs/validation.md",
-        "```",
-        "",
-        summary,
-    ]
-    if memory.num_rows:
-        lines.append(
-            f"Memory: median error {_percent(memory.median_abs_error_fraction)}, 90th percentile {_percent(memory.p90_abs_error_fraction)},"
-            f" interval holds for {_percent(memory.interval_coverage_fraction)} of {memory.num_rows} rows."
-        )
-    lines += ["", "## By source", ""]
-    lines += _table(
-        ("source", "rows", "skipped", "median", "90th percentile", "interval holds"),
-        (
-            (
-                source, str(found["rows"]), str(found["skipped"]), _percent(found["throughput"]["median_abs_error_fraction"]),
-                _percent(found["throughput"]["p90_abs_error_fraction"]), _percent(found["throughput"]["interval_coverage_fraction"]),
-            )
-            for source, found in report.by_source().items()
-        ),
-    )  # fmt: skip
-    lines += ["", "## Every row", ""]
-    for source in dict.fromkeys(row.source for row in report.per_row):
-        rows = [row for row in report.per_row if row.source == source]
-        lines += [f"### {source}", "", f"{rows[0].source_detail}. Stack: {', '.join(dict.fromkeys(row.stack for row in rows))}.", ""]
-        lines += [f"- {note}" for note in dict.fromkeys(row.notes for row in rows if row.notes)]
-        lines += ["", *_row_table(rows), ""]
-    if report.skipped:
-        lines += ["## Skipped", "", *(f"- {s.id}: {s.reason}" for s in report.skipped), ""]
-    return "\n".join(lines).rstrip() + "\n"

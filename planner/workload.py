@@ -29,9 +29,9 @@ class Workload(Spec):
     recompute: Literal["none", "selective", "full"] = "none"
     attention_kernel: Literal["auto", "flash", "unfused"] = "auto"
     """`auto`: what the software stack uses."""
-    loss_kernel: Literal["auto", "fused", "vocab_parallel", "unfused", "chunked"] = "auto"
-    """`unfused` keeps fp32 logits and probabilities; `vocab_parallel` fp32 probabilities; `fused` the logits in the compute format; `chunked`
-    an eighth of them."""
+    loss_kernel: Literal["auto", "fused", "compiled", "vocab_parallel", "unfused", "chunked"] = "auto"
+    """`unfused` keeps fp32 logits and probabilities; `vocab_parallel` and `compiled` the probabilities; `fused` the logits in the compute
+    format; `chunked` an eighth of them."""
     activation_input: Literal["compute", "fp8"] = "compute"
     """What activation functions keep their input in (activation_func_fp8_input_store of Megatron-Core)."""
     lora_rank: PositiveInt | None = None

@@ -188,6 +188,7 @@ class RunConfig:
         """`auto` means flash attention and chunked loss, as the stack file `reftrain` says."""
         attention, loss = self.workload.attention_kernel, self.workload.loss_kernel
         assert loss != "vocab_parallel"  # refused with the other wishes that the trainer has no kernel for
+        assert loss != "compiled"
         return Kernels("flash" if attention == "auto" else attention, "chunked" if loss == "auto" else loss, self.workload.recompute)
 
 
@@ -229,9 +230,9 @@ def _check_workload(workload: Workload, model: ModelSpec, seq_len: int, where: s
         problems.append(Problem("workload.precision", workload.precision, f"reftrain runs {', '.join(COMPUTE_DTYPES)}", "use bf16", where))
     if workload.optimizer == "adamw_8bit":
         problems.append(Problem("workload.optimizer", workload.optimizer, "reftrain has no 8-bit states", "use adamw", where))
-    if workload.loss_kernel == "vocab_parallel":
+    if workload.loss_kernel in ("compiled", "vocab_parallel"):
         fix = "use chunked, fused or unfused"
-        problems.append(Problem("workload.loss_kernel", "vocab_parallel", "reftrain has no Megatron-Core kernels", fix, where))
+        problems.append(Problem("workload.loss_kernel", workload.loss_kernel, "reftrain has no Megatron-Core kernels", fix, where))
     if workload.job == "lora":
         problems.append(Problem("workload.job", "lora", "`run` trains all weights", "use python -m reftrain finetune", where))
     if model.position == "learned" and seq_len > model.max_position_embeddings:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from planner.files import DATA_DIR
-from planner.validation import ValidationReport, read_rows, render_markdown, validate_rows
+from planner.report.validation_text import render_markdown
+from planner.validation import ValidationReport, read_rows, validate_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,12 +32,14 @@ def test_median_time_error_is_under_ten_percent(report: ValidationReport) -> Non
 def test_each_row_is_within_its_interval_or_the_page_says_so(report: ValidationReport) -> None:
     page = (ROOT / "docs" / "validation.md").read_text(encoding="utf-8")
     stated = dict(re.findall(r"^\| (\S+) \| .* \| ([+-][\d.]+%) \|$", page, re.MULTILINE))
-    assert set(stated) == {row.id for row in report.per_row}
+    assert {row.id for row in report.per_row} <= set(stated)
     for row in report.per_row:
         assert row.error_fraction is not None
         assert f"{100 * row.error_fraction:+.1f}%" == stated[row.id], row.id
 
 
-def test_the_page_is_what_the_command_prints(report: ValidationReport) -> None:
-    # Made again with: python -m planner validate --measurements data/measurements/anchors.csv > docs/validation.md
-    assert (ROOT / "docs" / "validation.md").read_text(encoding="utf-8") == render_markdown(report)
+def test_the_page_is_what_the_command_prints() -> None:
+    # Made again with the command that stands on the page.
+    files = ["data/measurements/anchors.csv", "data/measurements/memory.csv"]
+    whole = validate_rows(row for name in files for row in read_rows(ROOT / name))
+    assert (ROOT / "docs" / "validation.md").read_text(encoding="utf-8") == render_markdown(whole, files)
