@@ -212,7 +212,8 @@ def _scaled(old: StackSpec, factors: np.ndarray, evidence: str, source: str) -> 
     values["matmul_per_device"] = {
         device: {"value": float(rate.value / factors[KINDS.index("matmul")]), **origin} for device, rate in old.matmul_per_device.items()
     }
-    sizes = {"context": f"{old.context!r} B", "collective_buffers": f"{old.collective_buffers!r} B"}
+    sizes = {key: f"{values.pop(key)!r} B" for key in ("context", "collective_buffers", "workspace") if values[key]}
+    values.pop("workspace", None)  # none: the default, which no text with a unit may say
     return values | {"kernel_overhead": f"{old.kernel_overhead!r} s", **sizes}
 
 
