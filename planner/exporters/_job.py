@@ -6,9 +6,9 @@ import datetime
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 from planner.architectures import load_model, read_model_config, unread_keys
 from planner.errors import InputError, Problem
@@ -155,15 +155,49 @@ class ExportJob:
         rest = [key for key in self.keys if key.startswith("model.") and key.split(".")[1] in known and key not in self._read]
         return [key.removeprefix("model.") for key in rest if key not in self._dropped and not self._is_neutral(key)]
 
-    def number(self, key: str) -> float | int | None:
-        """`read` of a number under `training:`, which nobody checked yet; None where absent."""
+    @overload
+    def number(self, key: str) -> float | int | None: ...
+    @overload
+    def number(self, key: str, default: float) -> float | int: ...
+    def number(self, key: str, default: float | None = None) -> float | int | None:
+        """`read` of a number, which nobody checked yet; `default` where absent."""
         value = self.keys.get(key)
         if value is None:
-            return None
+            return default
         self.read(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise InputError.single(key, value, "must be a number", "write a number, or leave it out")
         return value
+
+    def training_numbers(self, names: Mapping[str, str]) -> dict[str, float | int]:
+        """Numbers under `training:` that the plan has, from key -> the target's name, under the target's names."""
+        found = {own: self.number(f"training.{key}") for key, own in names.items()}
+        return {own: value for own, value in found.items() if value is not None}
+
+    def betas(self) -> tuple[float, float] | None:
+        """Adam's two, where the plan has one of them; reftrain's default for the other."""
+        if self.number("training.beta1") is None and self.number("training.beta2") is None:
+            return None
+        return self.number("training.beta1", 0.9), self.number("training.beta2", 0.95)
+
+    def lr_schedule(self, known: Collection[str]) -> str | None:
+        """`read` of the learning rate's schedule where the target has it; else None, and it is not exported."""
+        kind = self.keys.get("training.lr_schedule")
+        return str(self.read("training.lr_schedule")) if isinstance(kind, str) and kind in known else None
+
+    def decay_fraction(self) -> float:
+        """Share of the steps in which a wsd schedule decays; reftrain's default where the plan leaves it open."""
+        return self.number("training.decay_fraction", 0.2)
+
+    def decay_steps(self) -> int:
+        """The same in steps."""
+        return max(round(self.num_steps * self.decay_fraction()), 1)
+
+    def drop_dropout(self, why: str) -> None:
+        """Says that the target's blocks have no dropout, where the model has."""
+        for name in ("attention_dropout", "hidden_dropout"):
+            if self.keys[f"model.{name}"]:
+                self.drop(f"model.{name}", why)
 
     def drop(self, key: str, why: str) -> None:
         """Says why a key is not exported, in better words than `leftover`."""

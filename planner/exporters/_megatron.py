@@ -204,24 +204,24 @@ def training_options(job: ExportJob) -> Options:
         if optimizer == "sgd":
             options["sgd-momentum"] = 0.0
         elif optimizer == "sgd_momentum":
-            options["sgd-momentum"] = job.number("training.momentum") or 0.9
+            options["sgd-momentum"] = job.number("training.momentum", 0.9)
     else:
         job.drop("workload.optimizer", f"Megatron has {', '.join(OPTIMIZERS)}; its default adam stays")
     options["train-iters"] = job.num_steps
-    names = {
+    given = job.training_numbers({
         "learning_rate": "lr", "warmup_steps": "lr-warmup-iters", "weight_decay": "weight-decay", "clip_norm": "clip-grad", "beta1": "adam-beta1",
         "beta2": "adam-beta2", "eps": "adam-eps", "seed": "seed", "checkpoint_every_steps": "save-interval",
-    }  # fmt: skip
-    given = {option: job.number(f"training.{key}") for key, option in names.items()}
-    options |= {option: value for option, value in given.items() if value is not None}
+    })  # fmt: skip
+    options |= given
     fraction = job.number("training.min_lr_fraction")
-    if fraction is not None and given["lr"] is not None:
+    if fraction is not None and "lr" in given:
         options["min-lr"] = given["lr"] * fraction
-    if job.keys.get("training.lr_schedule") in ("cosine", "wsd", "constant"):
-        options["lr-decay-style"] = {"wsd": "WSD"}.get(job.read("training.lr_schedule"), job.keys["training.lr_schedule"])
-        if options["lr-decay-style"] == "WSD":
-            options["lr-wsd-decay-iters"] = max(round(options["train-iters"] * (job.number("training.decay_fraction") or 0.2)), 1)
-    if given["lr"] is None:
+    schedule = job.lr_schedule(("cosine", "wsd", "constant"))
+    if schedule is not None:
+        options["lr-decay-style"] = "WSD" if schedule == "wsd" else schedule
+    if schedule == "wsd":
+        options["lr-wsd-decay-iters"] = job.decay_steps()
+    if "lr" not in given:
         job.note("the plan has no training.learning_rate, and Megatron has no default: add --lr")
     return options
 

@@ -103,20 +103,19 @@ def _arguments(job: ExportJob) -> dict[str, Any]:
         found["optim"] = OPTIMIZERS[job.read("workload.optimizer")]
     else:
         job.drop("workload.optimizer", f"TrainingArguments.optim has {', '.join(OPTIMIZERS)}")
-    names = {
+    found |= job.training_numbers({
         "learning_rate": "learning_rate", "warmup_steps": "warmup_steps", "weight_decay": "weight_decay", "beta1": "adam_beta1",
         "beta2": "adam_beta2", "eps": "adam_epsilon", "clip_norm": "max_grad_norm", "seed": "seed", "checkpoint_every_steps": "save_steps",
         "keep_checkpoints": "save_total_limit",
-    }  # fmt: skip
-    found |= {own: job.number(f"training.{key}") for key, own in names.items()}
-    kind = job.keys.get("training.lr_schedule")
-    if kind in SCHEDULES:
-        found["lr_scheduler_type"] = SCHEDULES[job.read("training.lr_schedule")]
+    })  # fmt: skip
+    kind = job.lr_schedule(SCHEDULES)
+    if kind is not None:
+        found["lr_scheduler_type"] = SCHEDULES[kind]
         fraction = job.number("training.min_lr_fraction")
         if kind == "cosine":
             found["lr_scheduler_kwargs"] = {"min_lr_rate": 0.0 if fraction is None else fraction}
         elif kind == "wsd":
-            found["lr_scheduler_kwargs"] = {"num_decay_steps": max(round(job.num_steps * (job.number("training.decay_fraction") or 0.2)), 1)}
+            found["lr_scheduler_kwargs"] = {"num_decay_steps": job.decay_steps()}
     job.drop("workload.seq_len", "the training script cuts its data to this length")
     return {key: value for key, value in found.items() if value is not None}
 

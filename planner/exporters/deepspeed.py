@@ -102,27 +102,21 @@ def _optimizer(job: ExportJob) -> dict[str, Any]:
         job.drop("workload.optimizer", f"DeepSpeed builds {', '.join(OPTIMIZERS)}; the script must pass its own")
         return {}
     job.read("workload.optimizer")
-    given = {own: job.number(f"training.{key}") for key, own in (("learning_rate", "lr"), ("weight_decay", "weight_decay"))}
+    params: dict[str, Any] = {**job.training_numbers({"learning_rate": "lr", "weight_decay": "weight_decay"})}
     if name.startswith("sgd"):
-        given["momentum"] = (job.number("training.momentum") or 0.9) if name == "sgd_momentum" else 0.0
+        params["momentum"] = job.number("training.momentum", 0.9) if name == "sgd_momentum" else 0.0
     elif name == "adamw":
-        given["eps"] = job.number("training.eps")
-    params: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    betas = [job.number("training.beta1"), job.number("training.beta2")] if name == "adamw" else []
-    if any(beta is not None for beta in betas):
-        params["betas"] = [0.9 if betas[0] is None else betas[0], 0.95 if betas[1] is None else betas[1]]
+        betas = job.betas()
+        params |= job.training_numbers({"eps": "eps"}) | ({} if betas is None else {"betas": list(betas)})
     return {"optimizer": {"type": OPTIMIZERS[name], "params": params}} | _schedule(job)
 
 
 def _schedule(job: ExportJob) -> dict[str, Any]:
     """WarmupCosineLR, where the plan names the schedule; DeepSpeed has no decay at the end alone (WSD)."""
-    kind = job.keys.get("training.lr_schedule")
+    if job.lr_schedule(("cosine",)):
+        given = job.training_numbers({"warmup_steps": "warmup_num_steps", "min_lr_fraction": "cos_min_ratio"})
+        return {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": job.num_steps, **given}}}
     warmup = job.number("training.warmup_steps")
-    if kind == "cosine":
-        job.read("training.lr_schedule")
-        ratio = job.number("training.min_lr_fraction")
-        params = {"total_num_steps": job.num_steps, "warmup_num_steps": warmup, "cos_min_ratio": ratio}
-        return {"scheduler": {"type": "WarmupCosineLR", "params": {k: v for k, v in params.items() if v is not None}}}
     if warmup is not None and job.number("training.learning_rate") is not None:
         params = {"warmup_num_steps": warmup, "warmup_max_lr": job.keys["training.learning_rate"]}
         return {"scheduler": {"type": "WarmupLR", "params": params}}

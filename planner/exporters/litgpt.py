@@ -67,7 +67,7 @@ def _model(job: ExportJob) -> dict[str, Any]:
         "lm_head_bias": job.read("model.head_bias"),
         "mlp_class_name": mlp,
         "rotary_percentage": 1.0,
-        "rope_base": int(job.number("model.rope_theta") or 10000),
+        "rope_base": int(job.number("model.rope_theta", 10000)),
     }
     job.read("model.norm_bias")  # what LayerNorm has
     if job.read("model.attention_out_bias") != model.mlp_bias:
@@ -85,9 +85,7 @@ def _model(job: ExportJob) -> dict[str, Any]:
         kinds = [int(model.window_at(layer) > 0) for layer in range(model.num_layers)]
         job.read("model.global_layer_period")
         values |= {"sliding_window_size": model.sliding_window, "sliding_window_indices": kinds}
-    for name in ("attention_dropout", "hidden_dropout"):
-        if job.keys[f"model.{name}"]:
-            job.drop(f"model.{name}", "litgpt's blocks have no dropout")
+    job.drop_dropout("litgpt's blocks have no dropout")
     job.read("model.tie_word_embeddings")
     odd = [*job.unread_structure(), *(["qk_norm"] if model.qk_norm == "full" else [])]
     if odd:
@@ -116,8 +114,7 @@ def _train(job: ExportJob) -> dict[str, Any]:
     rate, fraction = job.number("training.learning_rate"), job.number("training.min_lr_fraction")
     if rate is not None and fraction is not None:
         values["min_lr"] = rate * fraction
-    if job.keys.get("training.lr_schedule") == "cosine":
-        job.read("training.lr_schedule")  # litgpt's only one
+    job.lr_schedule(("cosine",))  # litgpt's only one
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -128,15 +125,13 @@ def _optimizer(job: ExportJob) -> dict[str, Any]:
         name = "adamw"
     else:
         job.read("workload.optimizer")
-    arguments: dict[str, Any] = {own: job.number(f"training.{key}") for key, own in (("learning_rate", "lr"), ("weight_decay", "weight_decay"))}
+    arguments: dict[str, Any] = {**job.training_numbers({"learning_rate": "lr", "weight_decay": "weight_decay"})}
     if name == "adamw":
-        betas = [job.number("training.beta1"), job.number("training.beta2")]
-        if any(beta is not None for beta in betas):
-            arguments["betas"] = [0.9 if betas[0] is None else betas[0], 0.95 if betas[1] is None else betas[1]]
-        arguments["eps"] = job.number("training.eps")
+        betas = job.betas()
+        arguments |= ({} if betas is None else {"betas": list(betas)}) | job.training_numbers({"eps": "eps"})
     if name == "sgd_momentum":
-        arguments["momentum"] = job.number("training.momentum") or 0.9
-    return {"class_path": OPTIMIZERS[name], "init_args": {key: value for key, value in arguments.items() if value is not None}}
+        arguments["momentum"] = job.number("training.momentum", 0.9)
+    return {"class_path": OPTIMIZERS[name], "init_args": arguments}
 
 
 def _devices(job: ExportJob) -> dict[str, int]:

@@ -91,9 +91,7 @@ def _model(job: ExportJob) -> dict[str, Any]:
         values |= {"attention_type": "mla", **{name: getattr(model.mla, name) for name in type(model.mla).model_fields}}
     if job.read("model.num_mtp_layers"):
         values["mtp_num_layers"] = model.num_mtp_layers
-    for name in ("attention_dropout", "hidden_dropout"):
-        if job.keys[f"model.{name}"]:
-            job.drop(f"model.{name}", "these decoder blocks are trained without dropout")
+    job.drop_dropout("these decoder blocks are trained without dropout")
     odd = job.unread_structure()
     if odd:
         job.refuse("model", f"this decoder block has no {', '.join(odd)}", "use another target")
@@ -169,25 +167,25 @@ def _training(job: ExportJob) -> dict[str, Any]:
     if job.workload.recompute == "none":
         job.note("remat_policy minimal_with_context keeps all matmuls and the attention: MaxText has no policy that recomputes nothing")
     if job.workload.attention_kernel == "unfused":
-        values["attention"] = {"unfused": "dot_product"}[job.read("workload.attention_kernel")]
+        job.read("workload.attention_kernel")
+        values["attention"] = "dot_product"
     if job.workload.optimizer in OPTIMIZERS:
         values["opt_type"] = OPTIMIZERS[job.read("workload.optimizer")]
     else:
         job.drop("workload.optimizer", f"opt_type has {', '.join(OPTIMIZERS)}")
-    names = {
+    values |= job.training_numbers({
         "learning_rate": "learning_rate", "beta1": "adam_b1", "beta2": "adam_b2", "eps": "adam_eps", "weight_decay": "adam_weight_decay",
         "clip_norm": "gradient_clipping_threshold", "checkpoint_every_steps": "checkpoint_period", "seed": "init_weights_seed",
         "min_lr_fraction": "learning_rate_final_fraction",
-    }  # fmt: skip
-    given = {own: job.number(f"training.{key}") for key, own in names.items()}
-    values |= {own: value for own, value in given.items() if value is not None}
+    })  # fmt: skip
     warmup = job.number("training.warmup_steps")
     if warmup is not None:
         values["warmup_steps_fraction"] = min(warmup / job.num_steps, 1.0)
-    if job.keys.get("training.lr_schedule") in ("cosine", "wsd"):
-        values["lr_schedule_type"] = job.read("training.lr_schedule")
-        if values["lr_schedule_type"] == "wsd":
-            values["wsd_decay_steps_fraction"] = job.number("training.decay_fraction") or 0.2
+    schedule = job.lr_schedule(("cosine", "wsd"))
+    if schedule is not None:
+        values["lr_schedule_type"] = schedule
+    if schedule == "wsd":
+        values["wsd_decay_steps_fraction"] = job.decay_fraction()
     return values
 
 

@@ -26,7 +26,7 @@ class Nanotron(Exporter):
         """nanotron.yaml."""
         run_dir = job.placeholder("RUN_DIR", "folder for checkpoints, on storage that all nodes see")
         values: dict[str, Any] = {
-            "general": {"project": "planner", "run": job.slug, "seed": int(job.number("training.seed") or 0)},
+            "general": {"project": "planner", "run": job.slug, "seed": int(job.number("training.seed", 0))},
             "parallelism": _parallelism(job),
             "model": _model(job),
             "tokenizer": {"tokenizer_name_or_path": job.placeholder("TOKENIZER", "name or folder of the tokenizer")},
@@ -37,7 +37,7 @@ class Nanotron(Exporter):
                 "batch_accumulation_per_replica": job.num_microbatches,
             },
             "optimizer": _optimizer(job),
-            "checkpoints": {"checkpoints_path": run_dir, "checkpoint_interval": int(job.number("training.checkpoint_every_steps") or 1000)},
+            "checkpoints": {"checkpoints_path": run_dir, "checkpoint_interval": int(job.number("training.checkpoint_every_steps", 1000))},
             "data": {"dataset": None, "seed": int(job.keys.get("training.seed") or 0), "num_loading_workers": 1},
         }
         job.read("workload.global_batch_size")
@@ -89,9 +89,7 @@ def _model(job: ExportJob) -> dict[str, Any]:
     if job.number("model.norm_eps") is not None:
         values["rms_norm_eps"] = job.keys["model.norm_eps"]
     is_square = job.read("model.head_dim") * model.num_attention_heads == model.hidden_size
-    for name in ("attention_dropout", "hidden_dropout"):
-        if job.keys[f"model.{name}"]:
-            job.drop(f"model.{name}", "nanotron's Llama has no dropout")
+    job.drop_dropout("nanotron's Llama has no dropout")
     odd = [*job.unread_structure(), *([] if is_square else ["head_dim"])]
     if odd:
         job.refuse("model", f"trains Llamas; this one differs in {', '.join(odd)}", "use another target")
@@ -108,27 +106,21 @@ def _optimizer(job: ExportJob) -> dict[str, Any]:
         job.drop("layout.zero_stage", "nanotron has ZeRO-0 and 1: 1 is written")
     if job.read("workload.optimizer") != "adamw":
         job.drop("workload.optimizer", "nanotron 0.4 has AdamW alone")
-
-    def given(key: str, default: float) -> float:
-        """nanotron wants all of these: what the plan leaves open has reftrain's default."""
-        value = job.number(f"training.{key}")
-        return default if value is None else value
-
-    rate = given("learning_rate", 1e-3)
-    warmup = int(given("warmup_steps", 0))
-    decay = {"cosine": "cosine", "wsd": "linear"}.get(str(job.keys.get("training.lr_schedule")), "cosine")
+    # nanotron wants all of these: what the plan leaves open has reftrain's default.
+    rate = job.number("training.learning_rate", 1e-3)
+    warmup = int(job.number("training.warmup_steps", 0))
+    kind = job.lr_schedule(("cosine", "wsd"))
     scheduler = {
-        "learning_rate": rate, "lr_warmup_steps": warmup, "lr_warmup_style": "linear", "lr_decay_style": decay,
-        "min_decay_lr": rate * given("min_lr_fraction", 0.1),
+        "learning_rate": rate, "lr_warmup_steps": warmup, "lr_warmup_style": "linear", "lr_decay_style": "linear" if kind == "wsd" else "cosine",
+        "min_decay_lr": rate * job.number("training.min_lr_fraction", 0.1),
     }  # fmt: skip
-    if job.keys.get("training.lr_schedule") in ("cosine", "wsd"):
-        kind = job.read("training.lr_schedule")
-        if kind == "wsd":
-            steps = max(round(job.num_steps * given("decay_fraction", 0.2)), 1)
-            scheduler |= {"lr_decay_steps": steps, "lr_decay_starting_step": max(job.num_steps - steps, warmup)}
+    if kind == "wsd":
+        steps = job.decay_steps()
+        scheduler |= {"lr_decay_steps": steps, "lr_decay_starting_step": max(job.num_steps - steps, warmup)}
+    beta1, beta2 = job.betas() or (0.9, 0.95)
     return {
-        "zero_stage": min(stage, 1), "weight_decay": given("weight_decay", 0.1), "clip_grad": given("clip_norm", 1.0),
-        "accumulate_grad_in_fp32": True, "adam_eps": given("eps", 1e-8), "adam_beta1": given("beta1", 0.9), "adam_beta2": given("beta2", 0.95),
+        "zero_stage": min(stage, 1), "weight_decay": job.number("training.weight_decay", 0.1), "clip_grad": job.number("training.clip_norm", 1.0),
+        "accumulate_grad_in_fp32": True, "adam_eps": job.number("training.eps", 1e-8), "adam_beta1": beta1, "adam_beta2": beta2,
         "torch_adam_is_fused": True, "learning_rate_scheduler": scheduler,
     }  # fmt: skip
 

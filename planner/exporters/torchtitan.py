@@ -7,7 +7,7 @@ Source: torchtitan 0.3.0, torchtitan/config/configs.py and trainer.py, checked b
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.architectures import load_model
 from planner.exporters import EXPORTERS, Draft, Exporter, ExportJob, Program
@@ -97,12 +97,11 @@ class Torchtitan(Exporter):
         return Draft({"plan_recipe.py": text}, "torchrun ... -m torchtitan.train --module plan_recipe --config plan", Program(words))
 
 
-class _Head:
+class _Head(NamedTuple):
     """First lines of the recipe, and the sizes of a model without a flavor."""
 
-    def __init__(self, body: list[str], sizes: dict[str, Any] | None = None) -> None:
-        self.body = body
-        self.sizes = sizes
+    body: list[str]
+    sizes: dict[str, Any] | None = None
 
 
 def _model(job: ExportJob, imports: list[str]) -> _Head:
@@ -115,9 +114,8 @@ def _model(job: ExportJob, imports: list[str]) -> _Head:
     if precision in CONVERTERS:
         imports.append(f"from torchtitan.components.quantization import {CONVERTERS[precision]}")
         imports.append("from torchtitan.config import CompileConfig")
-        convert = [f"{CONVERTERS[precision]}.Config(fqns=['layers'], model_compile_enabled=True)"]
-        if precision == "fp8":
-            convert = ["Float8LinearConverter.Config(model_compile_enabled=True)"]
+        where = "" if precision == "fp8" else "fqns=['layers'], "
+        convert = [f"{CONVERTERS[precision]}.Config({where}model_compile_enabled=True)"]
     compiled = ["cfg.compile = CompileConfig(enable=True)"] if convert else []
     if preset is not None:
         package, recipe, flavor = RECIPES[preset]
@@ -141,9 +139,7 @@ def _model(job: ExportJob, imports: list[str]) -> _Head:
 
 def _llama_sizes(job: ExportJob) -> dict[str, Any]:
     """Sizes of a Llama; any other model is refused."""
-    for name in ("attention_dropout", "hidden_dropout"):
-        if job.keys[f"model.{name}"]:
-            job.drop(f"model.{name}", "torchtitan's Llama has no dropout")
+    job.drop_dropout("torchtitan's Llama has no dropout")
     sizes = {
         "n_layers": job.read("model.num_layers"),
         "dim": job.read("model.hidden_size"),
@@ -153,7 +149,7 @@ def _llama_sizes(job: ExportJob) -> dict[str, Any]:
         "vocab_size": job.read("model.vocab_size"),
         "max_seq_len": job.read("model.max_position_embeddings"),
         "enable_weight_tying": job.read("model.tie_word_embeddings"),
-        "theta": job.number("model.rope_theta") or 10000.0,
+        "theta": job.number("model.rope_theta", 10000.0),
     }
     is_square = job.read("model.head_dim") * sizes["n_heads"] == sizes["dim"]
     odd = [*job.unread_structure(), *([] if is_square else ["head_dim"])]
@@ -225,34 +221,28 @@ def _training(job: ExportJob, imports: list[str]) -> list[str]:
         f"cfg.activation_checkpoint = {RECOMPUTE[recompute]}",
     ]
     if job.read("workload.optimizer") == "adamw":
-        names = {"learning_rate": "lr", "eps": "eps", "weight_decay": "weight_decay"}
-        given = {own: job.number(f"training.{key}") for key, own in names.items()}
-        words = [f"{own}={value!r}" for own, value in given.items() if value is not None]
-        betas = [job.number("training.beta1"), job.number("training.beta2")]
-        words += [f"betas=({betas[0] if betas[0] is not None else 0.9!r}, {betas[1] if betas[1] is not None else 0.95!r})"] if any(betas) else []
-        if words:
+        given: dict[str, Any] = {**job.training_numbers({"learning_rate": "lr", "eps": "eps", "weight_decay": "weight_decay"})}
+        betas = job.betas()
+        if betas is not None:
+            given["betas"] = betas
+        if given:
             imports.append("from torchtitan.components.optimizer import default_adamw")
-            lines.append(f"cfg.optimizer = default_adamw({', '.join(words)})")
+            lines.append(f"cfg.optimizer = default_adamw({', '.join(f'{own}={value!r}' for own, value in given.items())})")
     else:
         job.drop("workload.optimizer", "this recipe knows adamw; others are set by cfg.optimizer's parameter groups")
-    settings = {
-        "cfg.training.max_norm": job.number("training.clip_norm"),
-        "cfg.lr_scheduler.warmup_steps": job.number("training.warmup_steps"),
-        "cfg.lr_scheduler.min_lr_factor": job.number("training.min_lr_fraction"),
-        "cfg.debug.seed": job.number("training.seed"),
-        "cfg.checkpoint.interval": job.number("training.checkpoint_every_steps"),
-        "cfg.checkpoint.keep_latest_k": job.number("training.keep_checkpoints"),
-    }
-    lines += [f"{name} = {value!r}" for name, value in settings.items() if value is not None]
-    if settings["cfg.checkpoint.interval"] is not None:
+    settings = job.training_numbers({
+        "clip_norm": "training.max_norm", "warmup_steps": "lr_scheduler.warmup_steps", "min_lr_fraction": "lr_scheduler.min_lr_factor",
+        "seed": "debug.seed", "checkpoint_every_steps": "checkpoint.interval", "keep_checkpoints": "checkpoint.keep_latest_k",
+    })  # fmt: skip
+    lines += [f"cfg.{name} = {value!r}" for name, value in settings.items()]
+    if "checkpoint.interval" in settings:
         lines.append("cfg.checkpoint.enable = True")
-    if settings["cfg.checkpoint.keep_latest_k"] == 1:
+    if settings.get("checkpoint.keep_latest_k") == 1:
         job.refuse("training.keep_checkpoints", "torchtitan keeps two or more", "use 2 or more")
-    if job.keys.get("training.lr_schedule") == "wsd":
-        job.read("training.lr_schedule")
-        lines.append(f"cfg.lr_scheduler.decay_ratio = {job.number('training.decay_fraction') or 0.2!r}")
-    elif job.keys.get("training.lr_schedule") == "cosine":
-        job.read("training.lr_schedule")
+    schedule = job.lr_schedule(("cosine", "wsd"))
+    if schedule == "wsd":
+        lines.append(f"cfg.lr_scheduler.decay_ratio = {job.decay_fraction()!r}")
+    elif schedule == "cosine":
         lines.append("cfg.lr_scheduler.decay_type = 'cosine'")
     return lines
 

@@ -118,6 +118,20 @@ def test_launchers_start_trainers_only(plan: Plan) -> None:
     assert caught.value.problems[0].key == "--trainer"
 
 
+@pytest.mark.parametrize(
+    ("target", "written"), [("megatron-lm", "--sgd-momentum 0.0"), ("litgpt", "momentum: 0.0"), ("deepspeed", '"momentum": 0.0')]
+)
+def test_a_momentum_of_zero_is_not_an_absent_one(target: str, written: str) -> None:
+    node = REQUEST | {"cluster": {"accelerator": "h100-80gb-sxm", "num_devices": 8}, "layout": {"dp_shard": 8, "zero_stage": 3}}
+    plan = estimate(node | {"workload": {**REQUEST["workload"], "optimizer": "sgd_momentum"}, "training": {"momentum": 0.0}})
+    assert any(written in text for text in export_plan(plan, target).files.values())
+
+
+def test_a_beta_of_zero_is_not_an_absent_one() -> None:
+    recipe = export_plan(estimate(REQUEST | {"training": {"beta1": 0.0}}), "torchtitan").files["plan_recipe.py"]
+    assert "betas=(0.0, 0.95)" in recipe
+
+
 def test_nodes_must_be_whole() -> None:
     odd = estimate(REQUEST | {"cluster": {"accelerator": "h100", "num_devices": 12}, "layout": {"dp_replicate": 1, "pp": 3, "tp": 4}})
     with pytest.raises(InputError, match="whole nodes"):
