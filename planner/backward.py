@@ -15,7 +15,7 @@ from planner.op_cost import OpCost
 from planner.stack import StackSpec
 from planner.states import wraps_weights
 
-__all__ = ["Walk", "cast_bytes", "kept_bytes", "walk"]
+__all__ = ["Walk", "cast_bytes", "kept_by", "kept_bytes", "part_casts", "walk"]
 
 Array = Any
 
@@ -24,8 +24,6 @@ Array = Any
 class Walk:
     """What one block holds at the worst moment of its backward pass; numbers or arrays [n]."""
 
-    op: Array
-    """Index of the op that runs then."""
     saved: Array
     """Bytes of activations that its backward pass still needs, made again or kept."""
     casts: Array
@@ -47,22 +45,25 @@ def cast_bytes(cost: OpCost, graph: StepGraph, stack: StackSpec) -> Array:
     return weight * precision.compute_bytes * ~wraps_weights(graph, is_expert=cost.op.is_expert)
 
 
+def part_casts(part: Part, graph: StepGraph, stack: StackSpec) -> Array:
+    """`cast_bytes` of all of a part's ops."""
+    return sum(cast_bytes(cost, graph, stack) for cost in part.costs)
+
+
+def kept_by(cost: OpCost, part: Part, graph: StepGraph, stack: StackSpec) -> dict[str, Array]:
+    """Activations that one op of a part keeps for its backward pass, by what made them, where its block is not recomputed whole."""
+    is_selective = graph.workload.recompute == "selective" and part.is_block
+    dropped = {"logits", *(stack.selective_recompute if is_selective else [])}
+    own = {"output": cost.output_bytes} if is_selective and stack.selective_keeps_outputs else {}
+    return own | {producer: num_bytes for producer, num_bytes in cost.saved.items() if producer not in dropped}
+
+
 def kept_bytes(part: Part, graph: StepGraph, stack: StackSpec) -> tuple[Array, Array]:
     """(activations, logits) that one run of the part keeps for its backward pass, under the recompute policy."""
-    logits: Array = 0.0
-    total: Array = 0.0
-    is_selective = graph.workload.recompute == "selective" and part.is_block
-    dropped = stack.selective_recompute if is_selective else []
-    for cost in part.costs:
-        total = total + cost.output_bytes * (is_selective and stack.selective_keeps_outputs)
-        for producer, num_bytes in cost.saved.items():
-            if producer == "logits":
-                logits = logits + num_bytes
-            elif producer not in dropped:
-                total = total + num_bytes
+    logits = sum(cost.saved.get("logits", 0.0) for cost in part.costs)
     if part.is_block and graph.workload.recompute == "full":
-        total = graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes
-    return total, logits
+        return graph.stream_bytes, logits
+    return sum(num_bytes for cost in part.costs for num_bytes in kept_by(cost, part, graph, stack).values()), logits
 
 
 def walk(part: Part, graph: StepGraph, stack: StackSpec, gradient_bytes: Array) -> Walk:
@@ -76,14 +77,14 @@ def walk(part: Part, graph: StepGraph, stack: StackSpec, gradient_bytes: Array) 
         gradient_bytes: of one parameter's gradient from the op that made it to the end of the block.
     """
     b = graph.numerics.compute_bytes
-    stream = graph.shard.local_tokens * graph.model.hidden_size * b
+    stream = graph.stream_bytes
     is_wrapped = wraps_weights(graph)
     saved: Array = part.total("saved_bytes")
-    casts: Array = sum(cast_bytes(cost, graph, stack) for cost in part.costs)
+    casts: Array = part_casts(part, graph, stack)
     waiting: Array = 0.0
     shared: Array = 0.0
     made: Array = 0.0
-    worst = Walk(-1, saved, casts, 0.0, stream, saved + casts + stream)
+    worst = Walk(saved, casts, 0.0, stream, saved + casts + stream)
     for index in reversed(range(len(part.costs))):
         cost = part.costs[index]
         params = cost.matrix_params + cost.vector_params
@@ -98,7 +99,7 @@ def walk(part: Part, graph: StepGraph, stack: StackSpec, gradient_bytes: Array) 
             taken = 0.0 * waiting
         total = saved + casts + made * gradient_bytes + temporaries
         is_worse = total > worst.total
-        now = Walk(index, saved, casts, made, temporaries, total)
+        now = Walk(saved, casts, made, temporaries, total)
         worst = Walk(*(np.where(is_worse, getattr(now, name), getattr(worst, name)) for name in Walk.__dataclass_fields__))
         if getattr(cost.op, "shares_input", False):
             waiting, shared = taken, np.maximum(shared, cost.grad_input_bytes)

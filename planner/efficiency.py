@@ -18,8 +18,9 @@ from planner.curves import Curve, DeviceCurves
 from planner.errors import InputError
 from planner.files import DATA_DIR, read_yaml
 from planner.hardware import Accelerator
+from planner.loss_op import Loss
 from planner.op_cost import Op, OpCost
-from planner.ops import Embedding, Loss, Norm
+from planner.ops import Embedding, Norm
 from planner.precision import Precision
 from planner.stack import Coefficient, Evidence, StackSpec
 

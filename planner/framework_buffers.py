@@ -51,7 +51,7 @@ def reduction_bucket_bytes(graph: StepGraph, stack: StackSpec) -> Array:
     if not stack.reduction_bucket_params:
         return np.zeros(1)
     trained = over_stages([part.total("params") - part.total("frozen_params") for part in graph.parts], part_runs(graph))
-    num_bytes = min(stack.gradient_bytes_by_precision.get(graph.precision.name, stack.gradient_bytes), 4.0)
+    num_bytes = min(stack.accumulated_gradient_bytes(graph.precision.name), 4.0)
     is_shared = np.asarray(graph.layout.dp * graph.layout.cp)[..., None] > 1
     return np.minimum(trained, stack.reduction_bucket_params) * num_bytes * is_shared
 
@@ -64,7 +64,7 @@ def step_gradient_bytes(graph: StepGraph, stack: StackSpec) -> Array:
     With bf16 the accumulated gradients are fp32 already. BigScience's 56 fp16 runs of 18B to 205B fit 4 + 17.3 / dp bytes per parameter.
     Source: deepspeedai/DeepSpeed deepspeed/runtime/zero/stage_1_and_2.py, step; deepspeed/runtime/fp16/fused_optimizer.py, step.
     """
-    if stack.gradient_bytes_by_precision.get(graph.precision.name, stack.gradient_bytes) >= 4:
+    if stack.accumulated_gradient_bytes(graph.precision.name) >= 4:
         return 0.0
     has_flat_copy = (np.asarray(graph.layout.zero_stage) > 0) & (stack.step_gradient_bytes > 0)
     return stack.step_gradient_bytes + np.where(has_flat_copy, graph.numerics.compute_bytes, 0.0)

@@ -85,6 +85,11 @@ class StepGraph:
         return self.global_batch_size / (self.layout.dp * self.layout.micro_batch_size)
 
     @property
+    def stream_bytes(self) -> Array:
+        """The residual stream between two blocks, of one microbatch on one device: what a block keeps whole, and what pipelines send."""
+        return self.shard.local_tokens * self.model.hidden_size * self.numerics.compute_bytes
+
+    @property
     def fsdp_degree(self) -> Array:
         """Ranks over which ZeRO shards everything but experts: dp_shard and cp together."""
         return self.layout.dp_shard * self.layout.cp

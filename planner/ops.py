@@ -16,10 +16,10 @@ from typing import Literal
 
 import numpy as np
 
-from planner.loss_op import Loss, loss_chunks
+from planner.loss_op import loss_chunks
 from planner.op_cost import Array, Numerics, OpCost, Producer, Region, Shard
 
-__all__ = ["Elementwise", "Embedding", "GroupedLinear", "Linear", "Loss", "Norm", "loss_chunks"]
+__all__ = ["Elementwise", "Embedding", "GroupedLinear", "Linear", "Norm"]
 
 
 @dataclass(frozen=True, kw_only=True)

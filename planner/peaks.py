@@ -5,7 +5,9 @@ In: a request. Out: a `MemoryTimeline`, the same numbers as `estimate`, which `p
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from planner.memory import INSTANTS, MemoryBreakdown, memory_terms
 from planner.plan import Request
 from planner.stage_memory import THROUGHOUT
 
-__all__ = ["Instant", "MemoryTimeline", "StageTimeline", "memory_timeline"]
+__all__ = ["Instant", "MemoryTimeline", "StageTimeline", "alike", "memory_timeline"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,12 @@ class MemoryTimeline:
         return {"schema_version": 1, "usable_bytes": self.usable_bytes, "stages": stages}
 
 
+def alike(stages: Sequence[StageTimeline], key: Callable[[StageTimeline], object]) -> list[tuple[str, StageTimeline]]:
+    """Neighbours with the same key as one: (`stage 0` or `stages 1 to 6`, the first of them)."""
+    groups = [list(group) for _, group in groupby(stages, key)]
+    return [(f"stage {g[0].stage}" if len(g) == 1 else f"stages {g[0].stage} to {g[-1].stage}", g[0]) for g in groups]
+
+
 def memory_timeline(request: Request) -> MemoryTimeline:
     """What a request's plan holds over a step. `INSTANTS` that a stage does not come to are left out.
 
@@ -74,17 +82,16 @@ def memory_timeline(request: Request) -> MemoryTimeline:
     trace = Trace.of(request)
     stack, plan = trace.job.stack, trace.plan
     lasting, found = memory_terms(trace.graph, stack)
-    order = ("head", "blocks", "second block", "reduce", "last block", "embedding", "next blocks", "update")
-    names = [name for name in ("loss", *order) if found[name]]
+    order = ("loss", "head", "blocks", "second block", "reduce", "last block", "embedding", "next blocks", "update")
+    names = [name for name in order if found[name]]
     stages = []
     for stage in range(trace.graph.layout.pp):
         constants = {name: float(np.broadcast_to(value, np.shape(trace.memory.context))[stage]) for name, value in lasting.items()}
         constants["context"] = float(trace.memory.context[stage])
         instants = [_instant(name, constants, found[name], stage, stack.allocator_slack_fraction) for name in names]
         stages.append(StageTimeline(stage, tuple(instant for instant in instants if instant is not None)))
-    model, cluster = plan.inputs["model"], plan.inputs["cluster"]
-    name = model if isinstance(model, str) else str(model.get("name", "inline model"))
-    title = f"{name} on {cluster['num_devices']:,} x {cluster['accelerator']}"
+    cluster = plan.inputs["cluster"]
+    title = f"{plan.model_name} on {cluster['num_devices']:,} x {cluster['accelerator']}"
     return MemoryTimeline(title, float(plan.memory.usable_bytes), tuple(stages))
 
 

@@ -251,6 +251,12 @@ class Plan:
         """The complete layout."""
         return Layout(**self.inputs["layout"])
 
+    @property
+    def model_name(self) -> str:
+        """The preset, or what an inline model calls itself."""
+        model = self.inputs["model"]
+        return model if isinstance(model, str) else str(model.get("name", "inline model"))
+
     def to_dict(self) -> dict[str, Any]:
         """The object that `estimate --json` prints; SI units as the names say, None where unknown."""
         return {"schema_version": SCHEMA_VERSION, **{name: _plain(value) for name, value in asdict(self).items()}}

@@ -44,42 +44,37 @@ class Sharding:
     """Gradients of the residual stream, in fp32 too, while the embedding's is made; in streams of compute format."""
 
     @staticmethod
-    def whole_model(kept: Array, compute_bytes: float) -> Sharding:
-        """Everything gathered at once, and its gradients made at once."""
-        none = np.zeros(1)
-        never = np.zeros(1, bool)
-        return Sharding(none, none, kept, none, none, never, never, none, none, np.full(1, compute_bytes), np.ones(1))
-
-    @staticmethod
     def of(graph: StepGraph, stack: StackSpec) -> Sharding:
         """The rates of a stack under the layout's ZeRO stage."""
         precision, zero = graph.precision, np.asarray(graph.layout.zero_stage)
         compute, in_place = precision.compute_bytes, stack.weight_storage == "fp32_in_place"
         is_sharded, is_wrapped = np.asarray(graph.fsdp_degree) > 1, wraps_weights(graph)
         waits = stack.pipeline_waits and graph.layout.pp > 1
-        if stack.is_one_fsdp_unit:
-            whole = np.where(is_sharded & (zero == 3), compute * (1 if graph.numerics.lora_rank else 2), 0.0)
-            return Sharding.whole_model(np.asarray(whole)[..., None], compute)
-        drops = is_sharded & (zero == 3) & (not waits)
-        sends = (is_wrapped & in_place) | drops
-        many = np.asarray(graph.num_microbatches) > 1
-        is_summed = sends & many & ((zero < 2) | waits)
-        is_mixed = precision.needs_master_weights
-        made = np.where(is_wrapped, compute, 4.0) if in_place else compute
-        rates = (
-            np.where(drops, compute + precision.quantized_weight_bytes, 0.0),
-            np.where(sends & is_sharded & (drops | ~many), compute, 0.0),
-            np.where(is_wrapped & ~drops & in_place, compute, 0.0),
-            np.where(sends, compute, 0.0),
-            np.where(sends, stack.reduce_bytes, 0.0),
-            sends & ~is_summed,
-            sends & many & (zero >= 2) & (not waits),
-            np.where(is_summed, 4.0, 0.0),
-            np.where(~is_wrapped & in_place, 4.0, 0.0),
-            made,
-            np.where(~is_wrapped & in_place, 1.0 + 4.0 / compute * is_mixed, 1.0),
-        )
-        return Sharding(*(np.asarray(rate)[..., None] for rate in rates))
+        rates: dict[str, Array]
+        if stack.is_one_fsdp_unit:  # everything is gathered at once, and its gradients are made at once
+            kept = np.where(is_sharded & (zero == 3), compute * (1 if graph.numerics.lora_rank else 2), 0.0)
+            none_of: dict[str, Array] = dict.fromkeys(Sharding.__dataclass_fields__, 0.0)
+            rates = none_of | {"kept": kept, "leaves_each": False, "leaves_before": False, "table_gradient": compute, "stream_casts": 1.0}
+        else:
+            drops = is_sharded & (zero == 3) & (not waits)
+            sends = (is_wrapped & in_place) | drops
+            many = np.asarray(graph.num_microbatches) > 1
+            is_summed = sends & many & ((zero < 2) | waits)
+            is_own = ~is_wrapped & in_place
+            rates = {
+                "gathered": np.where(drops, compute + precision.quantized_weight_bytes, 0.0),
+                "arrived": np.where(sends & is_sharded & (drops | ~many), compute, 0.0),
+                "kept": np.where(is_wrapped & ~drops & in_place, compute, 0.0),
+                "unreduced": np.where(sends, compute, 0.0),
+                "leaving": np.where(sends, stack.reduce_bytes, 0.0),
+                "leaves_each": sends & ~is_summed,
+                "leaves_before": sends & many & (zero >= 2) & (not waits),
+                "summed": np.where(is_summed, 4.0, 0.0),
+                "made_late": np.where(is_own, 4.0, 0.0),
+                "table_gradient": np.where(is_own, 4.0, compute),
+                "stream_casts": np.where(is_own, 1.0 + 4.0 / compute * precision.needs_master_weights, 1.0),
+            }
+        return Sharding(**{name: np.asarray(rate)[..., None] for name, rate in rates.items()})
 
 
 def expert_params(part: Part, graph: StepGraph) -> Array:

@@ -142,6 +142,10 @@ class StackSpec(Spec):
     measured: dict[str, DeviceCurves] = Field(default_factory=dict)
     """Accelerator id -> seconds measured op by op, which go before the rooflines; the coefficients above still divide them."""
 
+    def accumulated_gradient_bytes(self, precision: str) -> float:
+        """Of one accumulated gradient under a precision with a 2-byte compute format."""
+        return self.gradient_bytes_by_precision.get(precision, self.gradient_bytes)
+
 
 def _stack_files() -> dict[str, Path]:
     """This machine's stacks hide shipped ones of the same name."""

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from planner.backward import cast_bytes, kept_bytes, walk
+from planner.backward import kept_bytes, part_casts, walk
 from planner.framework_buffers import placeholder_bytes, reduction_bucket_bytes
 from planner.graph import Part, StepGraph, at_stages, first_of_each_kind, over_stages, part_runs
 from planner.schedules import SCHEDULES
 from planner.sharding import Sharding, expert_params, gathered_params
 from planner.stack import StackSpec
-from planner.states import part_states, wraps_weights
+from planner.states import part_gradients, part_states, wraps_weights
 
 __all__ = ["THROUGHOUT", "WORKSPACES", "StageMemory", "Terms"]
 
@@ -53,11 +53,12 @@ class StageMemory:
         self.weights, self.gradients, self.optimizer = (schedule.resident(state) for state in _states(graph, stack))
         self.gradients = self.gradients + placeholder_bytes(graph, stack) + reduction_bucket_bytes(graph, stack)
         self.in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)[..., stages]
-        kept = _kept(graph, stack)
-        self.activations, self.logits, self.casts, self.head_casts = (schedule.resident(each) / schedule.parameter_copies for each in kept)
+        kept, casts = [kept_bytes(part, graph, stack) for part in graph.parts], [part_casts(part, graph, stack) for part in graph.parts]
+        per_stage = (schedule.resident(each) / schedule.parameter_copies for each in _kept(graph, kept, casts))
+        self.activations, self.logits, self.casts, self.head_casts = per_stage
         self.sharding = Sharding.of(graph, stack)
-        self.ends = [_End(graph, stack, index) for index in (0, -1)]
-        self.block = _worst_block(graph, stack, self.sharding)
+        self.ends = [_End(graph, stack, index, kept[index][0]) for index in (0, -1)]
+        self.block = _worst_block(graph, stack, self.sharding, [each[0] for each in kept[1:-1]], casts[1:-1])
         count = np.asarray(graph.num_microbatches, float)[..., None]
         waits = stack.pipeline_waits and layout.pp > 1
         has_buckets = (np.asarray(layout.dp) > 1) & (np.asarray(layout.zero_stage) == 0) & ~wraps_weights(graph)
@@ -82,10 +83,10 @@ class StageMemory:
         self.shards = np.where(self.summed > 0, 0.0, self.gradients)
         # beside activations; pipelines that wait have none left by then
         self.leaves = (self.sharding.leaving > 0) & ((layout.pp == 1) | self.sharding.leaves_each)
-        self.messages = _Messages(graph, stack, self.in_flight, stages)
-        # what all instants have: masks, tokens and targets, outputs that wait for their gradients, the gradients that weights wait for
         self.splits = schedule.splits_backward
         waiting = schedule.waiting(layout.pp, layout.num_virtual_stages, graph.num_microbatches)[..., stages]
+        self.messages = _Messages(graph, stack, self.in_flight, waiting, stages)
+        # what all instants have: masks, tokens and targets, outputs that wait for their gradients, the gradients that weights wait for
         self.made_for_weights = over_stages([_output_gradients(part, graph.numerics.compute_bytes) for part in graph.parts], runs)
         is_tied = graph.model.tie_word_embeddings and layout.pp == 1
         self.tied = self.ends[1].tied * is_tied
@@ -128,10 +129,7 @@ class StageMemory:
             "activations": {"kept by the forward pass": self.activations * self.in_flight - head.kept},
             "gathered_weights": {**self._whole(self.there_summed), "of the head, and its gradients that leave": head.params * moving},
         }
-        return _only(
-            head.is_there & self.leaves & ~np.asarray(self.graph.model.tie_word_embeddings),
-            terms,
-        )
+        return _only(head.is_there & self.leaves & ~np.asarray(self.graph.model.tie_word_embeddings), terms)
 
     def _in_backward(self, in_flight: Array, there: Array) -> Terms:
         """Beside activations."""
@@ -248,7 +246,7 @@ class StageMemory:
 class _End:
     """The embedding or the head, on the stage that has it; [..., pp]."""
 
-    def __init__(self, graph: StepGraph, stack: StackSpec, index: int) -> None:
+    def __init__(self, graph: StepGraph, stack: StackSpec, index: int, kept: Array) -> None:
         part = graph.parts[index]
         self.is_there = part.counts > 0
         self.params = _stage_axis(gathered_params(part, graph)) * self.is_there
@@ -256,9 +254,9 @@ class _End:
         self.tied = _stage_axis(part.total("tied_params")) * self.is_there
         is_chunked = graph.numerics.loss_kernel == "chunked"  # other losses keep the hidden states
         self.hidden = _stage_axis(sum(cost.grad_input_bytes for cost in part.costs if cost.op.name == "head")) * self.is_there * is_chunked
-        self.kept = _stage_axis(kept_bytes(part, graph, stack)[0]) * self.is_there
+        self.kept = _stage_axis(kept) * self.is_there
         self.workspace = _stage_axis(_most(part, "workspace_bytes")) * self.is_there
-        self.gradients = _stage_axis(sum(part_states(graph, stack, part, is_expert)[1] for is_expert in (False, True))) * self.is_there
+        self.gradients = _stage_axis(part_gradients(graph, stack, part)) * self.is_there
 
 
 def _most(part: Part, quantity: str) -> Array:
@@ -298,18 +296,15 @@ def _masks(graph: StepGraph) -> Array:
     return sum(by_window.values(), np.zeros(len(graph.parts[0].counts)))
 
 
-def _worst_block(graph: StepGraph, stack: StackSpec, sharding: Sharding) -> _Block:
+def _worst_block(graph: StepGraph, stack: StackSpec, sharding: Sharding, kept: list[Array], casts: list[Array]) -> _Block:
+    """`kept`, `casts`: of each kind of block, what one run keeps and its weights in compute format."""
     blocks = graph.parts[1:-1]
     rate = (sharding.unreduced + sharding.made_late)[..., 0]
     is_kept = graph.workload.recompute == "none"
-    stream = graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes
-    kept = [kept_bytes(part, graph, stack)[0] for part in blocks]
     found: list[_Block] = []
     totals: list[Array] = []
-    for part, own in zip(blocks, kept, strict=True):
+    for part, own, cast in zip(blocks, kept, casts, strict=True):
         worst = walk(part, graph, stack, rate)
-        casts = sum(cast_bytes(cost, graph, stack) for cost in part.costs) if is_kept else 0.0
-        gradients = sum(part_states(graph, stack, part, is_expert)[1] for is_expert in (False, True))
         freed = sum(np.multiply.outer(np.asarray(bytes_, float), later) for bytes_, later in zip(kept, part.later, strict=True))
         found.append(
             _Block(
@@ -318,11 +313,11 @@ def _worst_block(graph: StepGraph, stack: StackSpec, sharding: Sharding) -> _Blo
                 made=_stage_axis(worst.gradients),
                 temporaries=_stage_axis(worst.temporaries),
                 kept=_stage_axis(own),
-                kept_casts=_stage_axis(casts),
+                kept_casts=_stage_axis(cast if is_kept else 0.0),
                 params=_stage_axis(gathered_params(part, graph)),
                 own_params=_stage_axis(gathered_params(part, graph) - expert_params(part, graph)),
-                gradients=_stage_axis(gradients),
-                stream=_stage_axis(stream),
+                gradients=_stage_axis(part_gradients(graph, stack, part)),
+                stream=_stage_axis(graph.stream_bytes),
                 count=part.counts,
                 later=freed,
             )
@@ -344,17 +339,16 @@ def _only(where: Array, terms: Terms) -> Terms:
 class _Messages:
     """What a pipeline stage holds of the activations and gradients that it receives and sends, [..., pp]; see `StackSpec`."""
 
-    def __init__(self, graph: StepGraph, stack: StackSpec, in_flight: Array, stages: np.ndarray) -> None:
+    def __init__(self, graph: StepGraph, stack: StackSpec, in_flight: Array, waiting: Array, stages: np.ndarray) -> None:
         layout, count = graph.layout, np.asarray(graph.num_microbatches, float)[..., None]
         pp, chunks = layout.pp, layout.num_virtual_stages
         is_kept = stack.pipeline_keeps_outputs and pp > 1
-        size = _stage_axis(graph.shard.local_tokens * graph.model.hidden_size * graph.numerics.compute_bytes)
+        size = _stage_axis(graph.stream_bytes)
         message = size * is_kept
         sent, received = np.full(pp, float(chunks)), np.full(pp, float(chunks))
         sent[-1], received[0] = chunks - 1.0, chunks - 1.0
         sent, received = sent[stages], received[stages]
         waits = layout.schedule in stack.pipeline_waits_for_sends
-        waiting = SCHEDULES[layout.schedule].waiting(pp, chunks, count[..., 0])[..., stages]
         gradients = received * np.maximum(count - (in_flight - waiting), 0.0) if waits else 0.0
         self.buffers = message * ((sent + received) * count + gradients)
         is_held = (stack.pipeline_keeps_outputs or stack.pipeline_buffers_outputs) and pp > 1
@@ -386,13 +380,10 @@ def _states(graph: StepGraph, stack: StackSpec) -> list[Array]:
     return [over_stages(state, runs) for state in zip(*per_run, strict=True)]
 
 
-def _kept(graph: StepGraph, stack: StackSpec) -> tuple[Array, Array, Array, Array]:
+def _kept(graph: StepGraph, kept: list[tuple[Array, Array]], casts: list[Array]) -> tuple[Array, Array, Array, Array]:
     """Per microbatch and stage: activations, logits, casts of blocks' weights, casts of the head's."""
-    kept = [kept_bytes(part, graph, stack) for part in graph.parts]
-    casts = [sum(cast_bytes(cost, graph, stack) for cost in part.costs) for part in graph.parts]
-    is_kept = graph.workload.recompute == "none"
+    is_kept, runs = graph.workload.recompute == "none", part_runs(graph)
     of_blocks = [value if part.is_block and is_kept else 0.0 for part, value in zip(graph.parts, casts, strict=True)]
     of_head = [value if not part.is_block else 0.0 for part, value in zip(graph.parts, casts, strict=True)]
-    runs = part_runs(graph)
-    activations, logits = ([values[i] for values in kept] for i in (0, 1))
+    activations, logits = zip(*kept, strict=True)
     return over_stages(activations, runs), over_stages(logits, runs), over_stages(of_blocks, runs), over_stages(of_head, runs)

@@ -12,7 +12,7 @@ from planner.graph import Part, StepGraph
 from planner.optimizers import get_optimizer
 from planner.stack import StackSpec
 
-__all__ = ["StateFormat", "part_states", "state_format", "trained_params", "wraps_weights", "zero_degrees"]
+__all__ = ["StateFormat", "part_gradients", "part_states", "state_format", "trained_params", "wraps_weights", "zero_degrees"]
 
 Array = Any
 
@@ -51,7 +51,7 @@ def state_format(graph: StepGraph, stack: StackSpec) -> StateFormat:
     is_mixed, compute = precision.needs_master_weights, precision.compute_bytes
     in_place, is_pure = stack.weight_storage == "fp32_in_place", stack.weight_storage == "compute_only"
     is_narrow = stack.keeps_quantized_weights and precision.is_quantized
-    accumulated = compute if is_pure else stack.gradient_bytes_by_precision.get(precision.name, stack.gradient_bytes)
+    accumulated = compute if is_pure else stack.accumulated_gradient_bytes(precision.name)
     stored = 4.0 if in_place or not is_mixed else compute
     return StateFormat(
         stored=stored,
@@ -89,6 +89,11 @@ def part_states(graph: StepGraph, stack: StackSpec, part: Part, is_expert: bool)
     states = other * optimizer.other_state_bytes + (4.0 * factored if optimizer.is_factored else matrix * optimizer.matrix_state_bytes)
     state_bytes = trained * kept.master + states * kept.state_scale
     return weight_bytes, trained * kept.gradient / by_gradients, state_bytes / by_states
+
+
+def part_gradients(graph: StepGraph, stack: StackSpec, part: Part) -> Array:
+    """Gradients of one run of a part, its experts' included, on one device."""
+    return sum(part_states(graph, stack, part, is_expert)[1] for is_expert in (False, True))
 
 
 def wraps_weights(graph: StepGraph, *, is_expert: bool = False) -> Array:

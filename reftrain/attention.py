@@ -13,10 +13,10 @@ from reftrain.config import ModelDetails
 from reftrain.kernels import rotate
 from reftrain.layers import Linear, make_norm
 
+__all__ = ["Attention", "LatentAttention", "Positions", "cp_positions"]
+
 ROWS = 128
 """Of a mask, made at once."""
-
-__all__ = ["Attention", "LatentAttention", "Positions", "cp_positions"]
 
 
 def cp_positions(seq_len: int, cp: int, rank: int) -> Tensor:

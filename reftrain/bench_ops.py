@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from planner.loss_op import Loss
 from planner.op_cost import Numerics, Op, Shard
-from planner.ops import Elementwise, Embedding, Loss, Norm
+from planner.ops import Elementwise, Embedding, Norm
 from reftrain.axes import all_gather, all_reduce, reduce_scatter
 from reftrain.kernels import chunk_loss, rms_norm, rotate
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
 from planner.errors import InputError, Problem
+from planner.loss_op import loss_chunks
 from planner.model_spec import ModelSpec
-from planner.ops import loss_chunks
 from reftrain.attention import Attention, LatentAttention, Positions
 from reftrain.axes import SINGLE, Axes, local
 from reftrain.config import Kernels, ModelDetails

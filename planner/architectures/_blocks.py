@@ -8,9 +8,10 @@ from typing import Literal
 from planner.architectures import ModelOps
 from planner.attention_op import Attention
 from planner.collective_op import Collective
+from planner.loss_op import Loss
 from planner.model_spec import Mla, ModelSpec, Moe
 from planner.op_cost import Op, Producer
-from planner.ops import Elementwise, Embedding, GroupedLinear, Linear, Loss, Norm
+from planner.ops import Elementwise, Embedding, GroupedLinear, Linear, Norm
 
 __all__ = [
     "attention", "block_norm", "decoder", "dropout", "embedding", "feed_forward", "head", "mla_attention", "mixture", "residual",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.backward import kept_bytes
+from planner.backward import kept_by, kept_bytes
 from planner.explanations._base import Explanation, Input, Trace, explained, look_up, summed
 from planner.explanations.model import describe_op, op_formula
 from planner.graph import Part, part_runs
@@ -224,13 +224,9 @@ def _block_input(trace: Trace, key: str, part: Part, count: Input, stage: int) -
 
 def _op_activations(trace: Trace, key: str, part: Part, count: Input, stage: int) -> Explanation:
     """What one op keeps, by what made it."""
-    cost, stack = part.costs[0], trace.job.stack
-    held, is_selective = _held(trace, stage), trace.graph.workload.recompute == "selective" and part.is_block
+    cost, held = part.costs[0], _held(trace, stage)
     scale = float(count.value or 0) * float(held.value or 0)
-    dropped = {"logits", *(stack.selective_recompute if is_selective else [])}
-    kept = {f"{producer}_bytes": float(n) for producer, n in cost.saved.items() if producer not in dropped}
-    if is_selective and stack.selective_keeps_outputs:
-        kept["output_bytes"] = float(cost.output_bytes)
+    kept = {f"{producer}_bytes": float(n) for producer, n in kept_by(cost, part, trace.graph, trace.job.stack).items()}
     formula = f"num_runs * in_flight * ({' + '.join(kept) or '0'})"
     inputs = [count, held, *(Input(name, n, f"saved by {describe_op(cost)}") for name, n in kept.items())]
     terms = {name: scale * n for name, n in kept.items()}

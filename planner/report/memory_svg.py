@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from planner.memory import MemoryBreakdown
-from planner.peaks import Instant, MemoryTimeline, StageTimeline
+from planner.peaks import Instant, MemoryTimeline, alike
 from planner.units import GIB, format_gib
 
 __all__ = ["draw_memory"]
@@ -24,11 +24,10 @@ MOST_STAGES = 64
 
 def draw_memory(timeline: MemoryTimeline) -> str:
     """A self-contained SVG; each segment tells its name and size when pointed at. Stages that are like the one before are not repeated."""
-    stages = _distinct(timeline.stages)[:MOST_STAGES]
-    largest = max([timeline.usable_bytes, *(stage.peak.total_bytes for stage in stages)]) * 1.05
+    shown = alike(timeline.stages, lambda stage: stage.instants)[:MOST_STAGES]
+    largest = max([timeline.usable_bytes, *(stage.peak.total_bytes for _, stage in shown)]) * 1.05
     rows, y = [], float(TOP)
-    for stage, last in stages_with_last(timeline.stages, stages):
-        name = f"stage {stage.stage}" if stage.stage == last else f"stages {stage.stage} to {last}"
+    for name, stage in shown:
         rows.append(f'<text x="8" y="{y + 12:.0f}" font-weight="bold">{name}, peak {format_gib(stage.peak.total_bytes)} GiB</text>')
         y += ROW
         for instant in stage.instants:
@@ -44,20 +43,6 @@ def draw_memory(timeline: MemoryTimeline) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{LABEL + PLOT + 90}" height="{height:.0f}" font-family="sans-serif" font-size="11">'
         f'<rect width="100%" height="100%" fill="white"/>{head}{note}{"".join(rows)}{line}{_legend(y)}</svg>\n'
     )
-
-
-def stages_with_last(every: tuple[StageTimeline, ...], stages: list[StageTimeline]) -> list[tuple[StageTimeline, int]]:
-    """Each stage shown, and the last of those that are like it."""
-    ends = [stage.stage - 1 for stage in stages[1:]] + [every[-1].stage]
-    return list(zip(stages, ends, strict=True))
-
-
-def _distinct(stages: tuple[StageTimeline, ...]) -> list[StageTimeline]:
-    found: list[StageTimeline] = []
-    for stage in stages:
-        if not found or found[-1].instants != stage.instants:
-            found.append(stage)
-    return found
 
 
 def _row(instant: Instant, is_peak: bool, y: float, largest: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from planner.peaks import Instant, MemoryTimeline, StageTimeline
+from planner.peaks import Instant, MemoryTimeline, alike
 from planner.units import format_gib
 
 __all__ = ["render_memory"]
@@ -30,22 +30,11 @@ def render_memory(timeline: MemoryTimeline, stage: int | None = None, width: int
 
 def _stages(timeline: MemoryTimeline) -> list[str]:
     """One line for stages that hold the same at the same instant."""
-    groups: list[list[StageTimeline]] = []
-    for stage in timeline.stages:
-        if groups and _short(groups[-1][0]) == _short(stage):
-            groups[-1].append(stage)
-        else:
-            groups.append([stage])
     lines = []
-    for group in groups:
-        names = str(group[0].stage) if len(group) == 1 else f"{group[0].stage} to {group[-1].stage}"
-        peak = group[0].peak
-        lines.append(f"  stage {names:<12} peak {format_gib(peak.total_bytes):>8}  {_room(peak.total_bytes, timeline.usable_bytes):<14} {peak.name}")
+    for name, stage in alike(timeline.stages, lambda stage: (format_gib(stage.peak.total_bytes), stage.peak.name)):
+        total = stage.peak.total_bytes
+        lines.append(f"  {name:<18} peak {format_gib(total):>8}  {_room(total, timeline.usable_bytes):<14} {stage.peak.name}")
     return lines
-
-
-def _short(stage: StageTimeline) -> tuple[str, str]:
-    return format_gib(stage.peak.total_bytes), stage.peak.name
 
 
 def _room(num_bytes: float, usable_bytes: float) -> str:

@@ -45,10 +45,9 @@ def render_plan(plan: Plan, width: int = 80, hints: bool = True) -> str:
 def _title(plan: Plan, width: int) -> str:
     inputs = plan.inputs
     cluster, workload = inputs["cluster"], inputs["workload"]
-    model = inputs["model"] if isinstance(inputs["model"], str) else str(inputs["model"].get("name", "inline model"))
     active = f", {format_count(plan.params.active)} active" if plan.params.active < 0.9 * plan.params.total else ""
     parts = [
-        f"{model} ({format_count(plan.params.total)}{active})",
+        f"{plan.model_name} ({format_count(plan.params.total)}{active})",
         f"{cluster['num_devices']:,} x {cluster['accelerator']}",
         f"{format_count(workload['tokens'])} tokens",
         f"{workload['precision']}, {inputs['stack']}",
