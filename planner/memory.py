@@ -93,8 +93,7 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
     activations, logits, casts, head_casts = (schedule.resident(kept) / schedule.parameter_copies for kept in _kept(graph, stack))
     activations = activations + pipeline_output_bytes(graph, stack)
-    # With chunks of the model on every stage the head's is followed by its own backward pass at once (arXiv:2104.04473 section 2.2.2).
-    heads = in_flight if layout.num_virtual_stages == 1 else np.minimum(in_flight, 1)
+    heads = schedule.head_in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)
     others = np.maximum(heads - 1, 0)
     is_single = makes_gradients_late(graph, stack)
     head = _stage_axis(sum(part_states(graph, stack, graph.parts[-1], is_expert)[1] for is_expert in (False, True))) * _has_head(graph)
@@ -107,11 +106,11 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
         {
             "gradients": gradients * ~is_single, "activations": activations * in_flight, "logits": logits * heads,
             "cast_weights": casts * in_flight + head_casts * heads, "gathered_weights": at_loss,
-            "temporaries": _temporaries(graph, is_head=True),
+            "temporaries": _temporaries(graph, is_head=True) + stack.workspace_bytes,
         },
         {
             **in_backward, "recompute_workspace": _recompute_workspace(graph, stack),
-            "gathered_weights": in_blocks, "temporaries": _temporaries(graph, is_head=False),
+            "gathered_weights": in_blocks, "temporaries": _temporaries(graph, is_head=False) + stack.workspace_bytes,
         },
         {**in_backward, "gathered_weights": at_reduce},
         {"gradients": gradients},
@@ -123,7 +122,6 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     instant = np.argmax(np.stack(totals), axis=0)
     names = ("gradients", "activations", "logits", "cast_weights", "recompute_workspace", "gathered_weights", "temporaries")
     found = {name: np.choose(instant, [np.broadcast_to(parts.get(name, 0.0), shape) for parts in instants]) for name in names}
-    found["temporaries"] = found["temporaries"] + stack.workspace
     buffers = _buffers(graph, stack)
     lasting = {"weights": weights, "optimizer": optimizer, "communication_buffers": buffers}
     parts = {**found, **{name: np.broadcast_to(value, shape) for name, value in lasting.items()}}

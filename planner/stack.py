@@ -89,7 +89,7 @@ class StackSpec(Spec):
     keeps_placeholder_gradients: bool = False
     """One tensor in compute format for each shape of matrix, which autograd gets in place of the gradient that the matmul has added to the
     buffer already, kept for the next time (`get_dummy_wgrad` of Transformer Engine 2.3 and later)."""
-    workspace: float = Field(0.0, ge=0)
+    workspace_bytes: float = Field(0.0, ge=0)
     """Bytes of scratch memory that the math libraries keep inside the framework's allocator from the first step on."""
     fused_activation: bool
     """Activation and its product with the gate run inside one kernel that keeps only its inputs."""

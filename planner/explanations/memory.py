@@ -111,19 +111,20 @@ def _runs(trace: Trace, what: str) -> np.ndarray[Any, Any]:
     return np.asarray(trace.schedule.resident(part_runs(trace.graph)))
 
 
-def _in_flight(trace: Trace, stage: int) -> float:
-    layout = trace.graph.layout
-    held = trace.schedule.in_flight(layout.pp, layout.num_virtual_stages, trace.graph.num_microbatches)
-    return float(held[..., stage])
+def _in_flight(trace: Trace, stage: int, *, is_head: bool) -> float:
+    layout, schedule = trace.graph.layout, trace.schedule
+    count = schedule.head_in_flight if is_head else schedule.in_flight
+    return float(count(layout.pp, layout.num_virtual_stages, trace.graph.num_microbatches)[..., stage])
 
 
 def _held(trace: Trace, what: str, part: Part, stage: int) -> Input:
     """Microbatches whose tensors of a kind are alive when the stage holds most."""
-    in_flight, instant = _in_flight(trace, stage), _instant(trace, stage)
+    is_head = not part.is_block and what != "activations"
+    in_flight, instant = _in_flight(trace, stage, is_head=is_head), _instant(trace, stage)
     origin = f"microbatches that schedule {trace.graph.layout.schedule} holds on stage {stage}"
     if instant == "update":
         return Input("in_flight", 0.0, "after the last backward pass: none")
-    if instant in ("blocks", "reduce") and not part.is_block and what != "activations":
+    if instant in ("blocks", "reduce") and is_head:
         return Input("in_flight", max(in_flight - 1, 0.0), f"{origin}, without the one that has passed the head")
     return Input("in_flight", in_flight, origin)
 
@@ -321,15 +322,19 @@ def _largest_part(trace: Trace, key: str, what: str, stage: int, path: str) -> E
 
 def _transient(trace: Trace, key: str, part: Part, cost: OpCost) -> Explanation:
     """What one op holds while it runs."""
-    graph, value = trace.graph, float(transient_bytes(cost, trace.graph))
-    workspace = Input("workspace_bytes", float(cost.workspace_bytes), describe_op(cost))
+    graph, stack, held = trace.graph, trace.job.stack, float(transient_bytes(cost, trace.graph))
+    value = held + stack.workspace_bytes
+    workspace = [
+        Input("workspace_bytes", float(cost.workspace_bytes), describe_op(cost)),
+        Input("library_bytes", stack.workspace_bytes, f"stack {stack.name}: scratch memory of math libraries"),
+    ]
     source = f"{_SOURCES['temporaries']}: {part.name}.{cost.op.name}"
-    if cost.gemm is None or value == float(cost.workspace_bytes):
-        return explained(key, value, "workspace_bytes", [workspace], source=source)
+    if cost.gemm is None or held == float(cost.workspace_bytes):
+        return explained(key, value, "workspace_bytes + library_bytes", workspace, source=source)
     m, n, k = (float(size) for size in cost.gemm)
     groups = float(getattr(cost.op, "num_experts", 1)) / (float(graph.shard.ep) if cost.op.is_expert else 1.0)
     inputs = [
-        workspace, Input("m", m, describe_op(cost)), Input("num_groups", groups, "experts on one device, or 1"), Input("n", n, describe_op(cost)),
+        *workspace, Input("m", m, describe_op(cost)), Input("num_groups", groups, "experts on one device, or 1"), Input("n", n, describe_op(cost)),
         Input("k", k, describe_op(cost)), Input("compute_bytes", graph.numerics.compute_bytes, f"precision {graph.precision.name}"),
     ]  # fmt: skip
-    return explained(key, value, "workspace_bytes + m * num_groups * (n + k) * compute_bytes", inputs, source=source)
+    return explained(key, value, "workspace_bytes + library_bytes + m * num_groups * (n + k) * compute_bytes", inputs, source=source)

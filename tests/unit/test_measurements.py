@@ -75,7 +75,7 @@ def test_being_far_off_is_no_reason() -> None:
         ("Megatron-DeepSpeed", "2022", "megatron-deepspeed"),
         ("Megatron-DeepSpeed", "2023", "deepspeed"), ("Megatron-DeepSpeed ZeRO-3", "2022", "deepspeed"), ("NeMo 2/Megatron-Core", "2025", "nemo"),
         ("Megatron-Bridge (NeMo 26.04)", "2026", "nemo"), ("llm-foundry/Composer FSDP", "2023", "llm-foundry"), ("MaxText", "2024", "maxtext"),
-        ("torchtitan", "2025", "torchtitan"), ("LitGPT", "2024", "torch-eager"), ("", "", "torch-eager"),
+        ("torchtitan", "2025", "torchtitan"), ("LitGPT", "2024", "litgpt"), ("", "", "torch-eager"),
     ],
 )  # fmt: skip
 def test_stacks_by_framework_and_year(framework: str, year: str, stack: str) -> None:
