@@ -71,7 +71,8 @@ class Linear:
         adapter_flops = 2.0 * rows * adapter
         saved: dict[Producer, Array] = {}
         is_own_copy = has_adapter and numerics.lora_has_dropout and self.split == "row"
-        kept_bytes = numerics.input_bytes(is_frozen=is_frozen, has_adapter=has_adapter)
+        is_embedding = self.category == "embedding"
+        kept_bytes = 0.0 if is_frozen and is_embedding else numerics.input_bytes(is_frozen=is_frozen, has_adapter=has_adapter)
         if kept_bytes and (self.saves_input is not None or is_own_copy):
             # With sequence parallelism a column-split layer keeps only its slice of the input, unless told otherwise.
             is_gathered = self.split != "column" or numerics.saves_gathered_input
@@ -84,7 +85,6 @@ class Linear:
         is_again = self.split == "column" and not numerics.saves_gathered_input and numerics.lora_rank == 0
         workspace: Array = np.where(shard.sequence_parallel, is_again * rows * inner * b, 0.0) + 0.0 * weight
         trained = 0.0 if is_frozen or self.is_tied else weight
-        is_embedding = self.category == "embedding"
         num_chunks: Array = 1
         if self.is_chunked and numerics.loss_kernel == "chunked":
             num_chunks = loss_chunks(rows)

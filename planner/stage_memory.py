@@ -66,8 +66,8 @@ class StageMemory:
         is_anew = ~has_buckets[..., None] & stack.frees_gradients
         self.there = np.where(is_anew, np.clip(count - self.in_flight, 0.0, 1.0), 1.0)
         self.is_late = self.there < 1
-        # the head's chunk is the last of the stage's, and comes back at once
-        self.past_head = np.minimum(self.in_flight, 1.0) if layout.num_virtual_stages > 1 else self.in_flight
+        self.past_head = schedule.head_in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)[..., stages]
+        self.copies = schedule.parameter_copies
         # a chunk's gradients leave after its last microbatch
         one_chunk = np.clip((count - self.in_flight) * layout.num_virtual_stages, 0.0, 1.0)
         self.there_summed = np.where(count <= layout.pp, one_chunk, self.there) if waits and layout.num_virtual_stages > 1 else self.there
@@ -137,7 +137,7 @@ class StageMemory:
         head = self.ends[1]
         return {
             "gradients": {"of earlier microbatches": self.shards * there + head.gradients * (1 - there) * (self.summed == 0)},
-            "logits": {"of other microbatches": self.logits * np.minimum(others, np.maximum(self.past_head - 1, 0))},
+            "logits": {"of other microbatches": self.logits * np.minimum(others, np.maximum(self.past_head - self.copies, 0))},
             "cast_weights": {"of matmuls": self.casts * in_flight + self.head_casts * others * self.keeps_head},
         }
 

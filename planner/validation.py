@@ -191,7 +191,8 @@ def memory_kind(definition: str) -> str:
     """What a published peak counts, from its `mem_definition`.
 
     `states`: a breakdown into weights, gradients, optimizer states and activations. `allocated`: tensors that the framework held at once
-    (torch.cuda.max_memory_allocated). `reserved`: what its allocator took for them. `device`: all that nvidia-smi sees of the device, the
+    (torch.cuda.max_memory_allocated). `reserved`: what its allocator took for them; so nanotron's chart is read, which prints one of the
+    two and lies about a tenth above what is allocated. `device`: all that nvidia-smi sees of the device, the
     runtime's and the communication library's memory too; also where nothing is said.
 
     Example:
@@ -199,7 +200,7 @@ def memory_kind(definition: str) -> str:
         ('device', 'allocated')
     """
     definition = definition.lower()
-    for kind, word in (("device", "nvidia-smi"), ("states", "breakdown"), ("reserved", "reserved")):
+    for kind, word in (("device", "nvidia-smi"), ("states", "breakdown"), ("reserved", "reserved"), ("reserved", "nanotron")):
         if word in definition:
             return kind
     return "allocated" if any(word in definition for word in ("torch", "allocated", "peak")) else "device"

@@ -73,6 +73,10 @@ class Schedule(ABC):
     def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
         """Peak activations held per stage, [..., pp], in units of one microbatch through all layers of that stage."""
 
+    def head_in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+        """The same of the model's last part, [..., pp]: as the stage's, unless its chunk's forward pass is followed by its backward pass."""
+        return self.in_flight(pp, num_virtual_stages, num_microbatches)
+
     @abstractmethod
     def makespan_s(
         self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, p2p_s: ArrayLike,

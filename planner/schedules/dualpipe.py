@@ -56,6 +56,10 @@ class DualPipe(Schedule):
         """pp + 1 on every device, both directions together, [..., pp]."""
         return np.full((*np.shape(num_microbatches), pp), pp + 1.0)
 
+    def head_in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+        """1 in each direction, 2 together: at either end the last slice's forward pass is followed by its backward pass."""
+        return np.full((*np.shape(num_microbatches), pp), 2.0)
+
     def makespan_s(
         self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, p2p_s: ArrayLike,
         pp: int, num_virtual_stages: int, num_microbatches: ArrayLike,

@@ -49,6 +49,10 @@ class Interleaved(Schedule):
         chunks = np.asarray(num_microbatches, dtype=float)[..., None] * num_virtual_stages
         return np.asarray(np.minimum(chunks, self._warm_up(pp, num_virtual_stages) + 1) / num_virtual_stages)
 
+    def head_in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+        """At most 1: the last chunk's forward pass is followed by its backward pass at once (arXiv:2104.04473 section 2.2.2)."""
+        return np.minimum(self.in_flight(pp, num_virtual_stages, num_microbatches), 1.0)
+
     def makespan_s(
         self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, p2p_s: ArrayLike,
         pp: int, num_virtual_stages: int, num_microbatches: ArrayLike,

@@ -45,6 +45,18 @@ def test_published_memory() -> None:
     assert [SCHEDULES[name].parameter_copies for name in NAMES] == [1, 2, 1, 1, 1]
 
 
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved_1f1b", "dualpipe"])
+@pytest.mark.parametrize("pp", [2, 4, 8])
+def test_the_head_holds_as_many_microbatches_as_its_timeline(name: str, pp: int) -> None:
+    schedule, chunks, m = SCHEDULES[name], CHUNKS[name], 4 * pp
+    last = pp * chunks // schedule.parameter_copies - 1
+    expected = schedule.head_in_flight(pp, chunks, m) / schedule.parameter_copies
+    for stage, actions in enumerate(schedule.timeline(pp, chunks, m)):
+        held = np.cumsum([{"F": 1, "B": -1}.get(a.kind, 0) for a in actions if schedule.position(stage, a.chunk, pp) == last])
+        if held.size:
+            assert held.max() == expected[stage]
+
+
 @pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb_h1"])
 def test_one_stage_has_no_bubble_and_needs_no_transfer(name: str) -> None:
     schedule = SCHEDULES[name]
