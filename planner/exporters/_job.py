@@ -198,8 +198,11 @@ class ExportJob:
         section, _, name = key.partition(".")
         value = self.keys[key]
         if section == "layout":
-            idle = {"schedule": self.layout.pp == 1, "num_virtual_stages": self.layout.pp == 1, "zero_stage": self.layout.dp_shard == 1}
-            return idle.get(name, False) or (name != "micro_batch_size" and value in (1, False))
+            if name in ("schedule", "num_virtual_stages"):
+                return self.layout.pp == 1
+            if name == "zero_stage":
+                return self.layout.dp_shard == 1
+            return name != "micro_batch_size" and value == Layout.model_fields[name].default
         if section == "workload":
             return name in ("job", "recompute", "attention_kernel", "loss_kernel") and value == Workload.model_fields[name].default
         if section == "model":

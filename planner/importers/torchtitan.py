@@ -81,7 +81,7 @@ def _recipe(text: str, where: str, found: Found) -> dict[str, Any]:
                 found.model = _llama(_literal(value))
             elif path == "" and isinstance(value, ast.Call):
                 called = ast.unparse(value.func).split(".")[-1]
-                found.model = {recipe: preset for preset, (_, recipe, _) in RECIPES.items()}.get(called, found.model)
+                found.model = found.model or {recipe: preset for preset, (_, recipe, _) in RECIPES.items()}.get(called)
             elif path:
                 _note(path, value, values, found)
     for precision, converter in CONVERTERS.items():

@@ -34,7 +34,7 @@ def random_request(rng: random.Random, presets: tuple[Any, ...] = (*PRESETS, SMA
     return {
         "model": rng.choice(presets),
         "workload": {
-            "seq_len": rng.choice((1024, 2048)), "tokens": 1e9, "precision": rng.choice(("bf16", "bf16", "fp32")),
+            "seq_len": rng.choice((512, 1024)), "tokens": 1e9, "precision": rng.choice(("bf16", "bf16", "fp32")),
             "global_batch_size": layout["dp_replicate"] * shard * layout["micro_batch_size"] * rng.choice((1, 4, 8)),
             "optimizer": rng.choice(("adamw", "adamw", "sgd_momentum")), "recompute": rng.choice(("none", "selective", "full")),
         },
