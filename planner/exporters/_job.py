@@ -100,12 +100,21 @@ def slug(text: object, limit: int = 40) -> str:
     return found if found[:1].isalpha() else f"run-{found}".strip("-")
 
 
+def _digest(plan: Plan) -> str:
+    """Which plan it was: the first digits of a hash of all that it says."""
+    try:
+        return hashlib.sha256(to_json(plan.inputs).encode()).hexdigest()[:12]
+    except UnicodeEncodeError as error:
+        raise InputError.single("plan", error.object[error.start : error.end], "must be text that UTF-8 can hold", "correct the name") from None
+
+
 class ExportJob:
     """A complete plan while it is being exported."""
 
     def __init__(self, plan: Plan, target: str, version: str, fills: dict[str, str]) -> None:
         request = plan.to_request()
         self.plan = plan
+        self.digest = _digest(plan)
         self.target, self.version, self.trainer = target, version, ""
         self.layout: Layout = plan.layout
         self.workload: Workload = request.workload
@@ -285,11 +294,10 @@ class ExportJob:
     def header(self, comment: str = "# ") -> str:
         """The first lines of every file that can hold comments."""
         plan = self.plan
-        digest = hashlib.sha256(to_json(plan.inputs).encode("utf-8", "replace")).hexdigest()[:12]
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         predicted = f"predicted: peak {format_gib(plan.memory.peak_bytes.value)} GiB, {plan.time.tokens_per_s_per_device:,.0f} tok/s/device"
         lines = (
-            f"planner {plan.provenance.get('planner_version', 'unknown')}, plan {digest}, for {self.target} {self.version}, {today}",
+            f"planner {plan.provenance.get('planner_version', 'unknown')}, plan {self.digest}, for {self.target} {self.version}, {today}",
             f"{self.model_name} on {self.cluster.num_devices} x {self.cluster.accelerator.id}, {predicted}",
         )
         return "".join(f"{comment}{one_line(line, 200)}\n" for line in lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ NAMES = (
     f"__import__('os').system('touch {CANARY}')", f"'+__import__('os').system('touch {CANARY}')+'",
 )  # fmt: skip
 
+FULL = ("slurm", "jobset", "torchtitan", "megatron-lm")
+"""Targets that get every name; the others write by the same functions and get every eighth."""
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 
 def request_named(name: str) -> dict[str, Any]:
     """A plan with a name wherever a user's text may stand."""
@@ -38,13 +43,12 @@ def request_named(name: str) -> dict[str, Any]:
 def found() -> dict[tuple[str, str], Export]:
     """Every target's files for every name; launchers around reftrain."""
     exports: dict[tuple[str, str], Export] = {}
-    for name in ("plain", *NAMES):
+    for i, name in enumerate(("plain", *NAMES)):
         try:
             plan = estimate(request_named(name))
+            exports |= {(target, name): export_plan(plan, target) for target in EXPORTERS if target in FULL or i % 8 == 0}
         except InputError:
-            assert name != "plain"  # a key of the model that collides with a real one, say
-            continue
-        exports |= {(target, name): export_plan(plan, target) for target in EXPORTERS if target != "maxtext" or name}
+            assert name != "plain"  # half a surrogate pair, say
     return exports
 
 
@@ -65,9 +69,9 @@ def test_yaml_keeps_its_shape_in_both_dialects(found: dict[tuple[str, str], Expo
         for file, text in export.files.items():
             if file.endswith((".yaml", ".yml")):
                 plain = found[target, "plain"].files[file]
-                assert [shape(d) for d in yaml.safe_load_all(text)] == [shape(d) for d in yaml.safe_load_all(plain)], (target, name)
+                assert [shape(d) for d in yaml.load_all(text, LOADER)] == [shape(d) for d in yaml.load_all(plain, LOADER)], (target, name)
                 for document in text.split("\n---\n"):
-                    assert file == "plan.yaml" or parse_yaml(document) == yaml.safe_load(document), (target, name)
+                    assert file == "plan.yaml" or parse_yaml(document) == yaml.load(document, LOADER), (target, name)
 
 
 def test_python_keeps_its_shape(found: dict[tuple[str, str], Export]) -> None:
@@ -96,7 +100,8 @@ def test_scripts_run_as_if_the_name_were_plain(found: dict[tuple[str, str], Expo
     for (target, _), export in found.items():
         for file in ("run.sh", "run.sbatch", "megatron_args.sh"):
             if file in export.files:
-                (tmp_path / file).write_text(export.files[file].replace("<RUN_DIR>", "RUN").replace("<", "").replace(">", "") if file != "run.sbatch" else export.files[file].replace("<RUN_DIR>", "RUN"))
+                text = re.sub("<([A-Z_]+)>", r"\1", export.files[file])
+                (tmp_path / file).write_text(text)
                 assert subprocess.run(["bash", "-n", str(tmp_path / file)], capture_output=True).returncode == 0
                 done = subprocess.run(["bash", str(tmp_path / file)], capture_output=True, text=True, env=environment, cwd=tmp_path)
                 outputs.setdefault(f"{target} {file}", set()).add(done.stdout)
@@ -105,7 +110,6 @@ def test_scripts_run_as_if_the_name_were_plain(found: dict[tuple[str, str], Expo
     assert not list(tmp_path.rglob(CANARY))
 
 
-FREE = ("RUN_DIR", "TRAIN_SCRIPT", "MEGATRON_DIR", "DATA_PATH", "TOKENIZER")
 STRICT = {"ACCOUNT": "slurm", "PARTITION": "slurm", "IMAGE": "jobset", "PVC": "jobset", "KUEUE_QUEUE": "trainjob"}
 
 
@@ -115,8 +119,7 @@ def test_fills_stay_words(tmp_path: Path) -> None:
     (tmp_path / "torchrun").chmod(0o755)
     plan, kept = estimate(BASE), 0
     for name in NAMES:
-        fills = dict.fromkeys(("RUN_DIR", "MEGATRON_DIR", "DATA_PATH", "TOKENIZER", "DATA_DIR"), name)
-        fills.pop("DATA_DIR")
+        fills = dict.fromkeys(("RUN_DIR", "MEGATRON_DIR", "DATA_PATH", "TOKENIZER"), name)
         try:
             script = export_plan(plan, "torchrun", trainer="megatron-lm", fills=fills).files["run.sh"]
         except InputError:

@@ -15,7 +15,11 @@ from planner.importers import IMPORTERS, Given, import_config
 from planner.plan import Plan
 from tests.exporters.plans import exports
 
-PAIRS = {"torchtitan": ("torchtitan", "plan_recipe.py"), "megatron": ("megatron-lm", "megatron_args.sh"), "deepspeed": ("deepspeed", "ds_config.json")}
+PAIRS = {
+    "torchtitan": ("torchtitan", "plan_recipe.py"),
+    "megatron": ("megatron-lm", "megatron_args.sh"),
+    "deepspeed": ("deepspeed", "ds_config.json"),
+}
 
 
 def seen_by(plan: Plan, found: Export) -> tuple[dict[str, Any], set[str]]:
@@ -59,8 +63,8 @@ def _has_own_model(found: Export, source: str) -> bool:
 
 
 def test_models_come_back(tmp_path: Path) -> None:
-    from planner.graph import count_params
     from planner.architectures import load_model
+    from planner.graph import count_params
 
     tried = 0
     for source in ("torchtitan", "megatron"):
@@ -110,7 +114,9 @@ def test_a_toml_of_torchtitan(tmp_path: Path) -> None:
 
 def test_a_recipe_is_never_run(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
-    (tmp_path / "evil.py").write_text(f"open({str(canary)!r}, 'w').write('x')\ndef plan():\n    cfg = llama3_8b()\n    cfg.training.steps = __import__('os').getpid()\n")
+    (tmp_path / "evil.py").write_text(
+        f"open({str(canary)!r}, 'w').write('x')\ndef plan():\n    cfg = llama3_8b()\n    cfg.training.steps = __import__('os').getpid()\n"
+    )
     found = import_config("torchtitan", tmp_path / "evil.py", Given("h100", 8))
     assert not canary.exists()
     assert found.ignored
@@ -138,9 +144,13 @@ def test_bad_files_are_explained(source: str, text: str, key: str, tmp_path: Pat
 
 
 def test_command_line_answers_what_it_would_cost(tmp_path: Path) -> None:
-    (tmp_path / "ds.json").write_text('{"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": true}, "zero_optimization": {"stage": 3}, "mystery": 1}')
+    (tmp_path / "ds.json").write_text(
+        '{"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": true}, "zero_optimization": {"stage": 3}, "mystery": 1}'
+    )
     argv = [sys.executable, "-m", "planner", "import", str(tmp_path / "ds.json"), "--from", "deepspeed", "--model", "llama-3.1-8b"]
-    done = subprocess.run([*argv, "--accelerator", "h100", "--num-devices", "32", "--out", str(tmp_path / "plan.yaml")], capture_output=True, text=True)
+    done = subprocess.run(
+        [*argv, "--accelerator", "h100", "--num-devices", "32", "--out", str(tmp_path / "plan.yaml")], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, "")
     assert "not understood: mystery" in done.stderr
     priced = subprocess.run([sys.executable, "-m", "planner", "estimate", str(tmp_path / "plan.yaml")], capture_output=True, text=True)
