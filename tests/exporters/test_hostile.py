@@ -19,12 +19,18 @@ from tests.exporters.test_ledger import BASE
 
 CANARY = "CANARY"
 NAMES = (
-    f"$(touch {CANARY})", f"`touch {CANARY}`", f"; touch {CANARY};", f"&& touch {CANARY}", f"| touch {CANARY}", f"\n touch {CANARY}\n", f"'; touch {CANARY}; '",
-    f'"; touch {CANARY}; "', f"'$(touch {CANARY})'", f'"$(touch {CANARY})"', f"\\'; touch {CANARY} #", "$HOME", "${PATH}", "~root", "*", "?", "[a-z]", "a b",
-    "a\tb", "", " ", "-rf", "--help", "-", "--", "#", "# comment", "a # b", "a: b", "a:", ": b", "- a", "? a", "! a", "!!python/object:os.system", "&a", "*a",
-    "{a: b}", "[a, b]", "{{ a }}", "%a", "@a", "|", ">", "on", "no", "yes", "true", "null", "~", "1", "1.5", "1e3", "0x10", "0o7", "1:30", "2026-01-01", ".nan",
-    "'''", '"""', '\\"', "\\", "\\n", "\x00", "\x1b[2J", "\u2028", "\u202e", "é", "日本", "𝕏", "\ud800", "../../etc/passwd", "/etc/passwd", "<RUN_DIR>", "$(HOME)",
-    "<script>", f"EOF\ntouch {CANARY}\n", f"name\nrun: touch {CANARY}", f"x\n#SBATCH --wrap='touch {CANARY}'", "a" * 3000, "'\"`$\\", "\r\n", "%s%n",
+    f"$(touch {CANARY})", f"`touch {CANARY}`", f"; touch {CANARY};", f"&& touch {CANARY}", f"| touch {CANARY}", f"\n touch {CANARY}\n",
+    f"'; touch {CANARY}; '",
+    f'"; touch {CANARY}; "', f"'$(touch {CANARY})'", f'"$(touch {CANARY})"', f"\\'; touch {CANARY} #", "$HOME", "${PATH}", "~root", "*",
+    "?", "[a-z]", "a b",
+    "a\tb", "", " ", "-rf", "--help", "-", "--", "#", "# comment", "a # b", "a: b", "a:", ": b", "- a", "? a", "! a",
+    "!!python/object:os.system", "&a", "*a",
+    "{a: b}", "[a, b]", "{{ a }}", "%a", "@a", "|", ">", "on", "no", "yes", "true", "null", "~", "1", "1.5", "1e3", "0x10", "0o7", "1:30",
+    "2026-01-01", ".nan",
+    "'''", '"""', '\\"', "\\", "\\n", "\x00", "\x1b[2J", "\u2028", "\u202e", "é", "日本", "𝕏", "\ud800", "../../etc/passwd", "/etc/passwd",
+    "<RUN_DIR>", "$(HOME)",
+    "<script>", f"EOF\ntouch {CANARY}\n", f"name\nrun: touch {CANARY}", f"x\n#SBATCH --wrap='touch {CANARY}'", "a" * 3000, "'\"`$\\",
+    "\r\n", "%s%n",
     f"__import__('os').system('touch {CANARY}')", f"'+__import__('os').system('touch {CANARY}')+'",
 )  # fmt: skip
 

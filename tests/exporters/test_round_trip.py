@@ -104,7 +104,8 @@ def test_a_script_of_a_user(tmp_path: Path) -> None:
 def test_a_toml_of_torchtitan(tmp_path: Path) -> None:
     (tmp_path / "train.toml").write_text(
         '[model]\nname = "llama3"\nflavor = "70B"\nconverters = ["float8"]\n[training]\nlocal_batch_size = 1\nseq_len = 8192\nsteps = 1000\n'
-        '[parallelism]\ndata_parallel_shard_degree = -1\ntensor_parallel_degree = 8\n[activation_checkpoint]\nmode = "full"\n[optimizer]\nlr = 1.5e-4\n'
+        "[parallelism]\ndata_parallel_shard_degree = -1\ntensor_parallel_degree = 8\n"
+        '[activation_checkpoint]\nmode = "full"\n[optimizer]\nlr = 1.5e-4\n'
     )
     request = import_config("torchtitan", tmp_path / "train.toml", Given("h100", 256)).request
     assert request.model == "llama-3.1-70b"
@@ -133,7 +134,7 @@ def test_a_recipe_is_never_run(tmp_path: Path) -> None:
         ("megatron", "--num-layers $N --hidden-size 8 --num-attention-heads 1 --vocab-size 9", "num-layers"),
         ("megatron", "--bf16", "--num-layers"),
         ("torchtitan", "def plan(:", "python"),
-        ("torchtitan", "cfg = x()\ncfg.parallelism.data_parallel_shard_degree = 2\ncfg.parallelism.tensor_parallel_degree = 'two'", "parallelism.tensor_parallel_degree"),
+        ("torchtitan", "cfg = x()\ncfg.parallelism.tensor_parallel_degree = 'two'", "parallelism.tensor_parallel_degree"),
     ],
 )  # fmt: skip
 def test_bad_files_are_explained(source: str, text: str, key: str, tmp_path: Path) -> None:
