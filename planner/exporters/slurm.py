@@ -56,12 +56,10 @@ class Slurm(Exporter):
             "requeue",
             f"signal=TERM@{STOP_AHEAD_S}",
         ]
-        job.note(
-            f"--time is {format_duration(limit_s)}, the 90th percentile of the predicted duration and half an hour; the run goes on when submitted again"
-        )
+        job.note(f"--time is {format_duration(limit_s)}: the 90th percentile of the predicted duration and half an hour; submit again to go on")
         launch = shell_words(["srun", *torchrun_words(job, ShellText('"${hosts[0]}:$port"'), ShellText('"$SLURM_JOB_ID"'))])
         text = (
-            "#!/usr/bin/env bash\n" + job.header() + "# --time: the 90th percentile of the predicted duration, not the median, and half an hour to start.\n"
+            "#!/usr/bin/env bash\n" + job.header() + "# --time: 90th percentile of the predicted duration, and half an hour to start.\n"
             + "".join(f"#SBATCH --{option}\n" for option in options)
             + 'set -euo pipefail\ncd "$SLURM_SUBMIT_DIR"\n'
             + 'mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")\n'
