@@ -52,6 +52,34 @@ def export(
     raise typer.Exit(0 if found.fits else 3)
 
 
+def import_(
+    path: Annotated[str, typer.Argument(metavar="FILE", help="The trainer's configuration; it is read, never run.")],
+    source: Annotated[str, typer.Option("--from", metavar="SOURCE", help="torchtitan, megatron or deepspeed.")],
+    accelerator: Annotated[str | None, typer.Option(metavar="NAME", help="Name in `planner catalog accelerators`.")] = None,
+    num_devices: Annotated[int | None, typer.Option(metavar="N", help="Devices in all, where the file does not say.", min=1)] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Preset or config.json, where the file does not say.")] = None,
+    seq_len: Annotated[int | None, typer.Option(metavar="N", help="Tokens per sequence, where the file does not say.", min=1)] = None,
+    out: Annotated[str | None, typer.Option(metavar="PLAN.yaml", help="Write the plan instead of printing it.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Another trainer's configuration as a plan: then ask planner estimate what it costs."""
+    from planner.files import to_json, to_yaml, write_text
+    from planner.importers import Given, import_config
+    from planner.plan import spec_to_plain
+
+    found = import_config(source, path, Given(accelerator, num_devices, model, seq_len))
+    values = spec_to_plain(found.request)
+    if out is not None:
+        write_text(out, to_yaml(values))
+    if as_json:
+        sys.stdout.write(to_json({"schema_version": 1, "request": values, "assumed": found.assumed, "ignored": found.ignored}))
+    elif out is None:
+        sys.stdout.write(to_yaml(values))
+    for kind, texts in (("assumed", found.assumed), ("not understood", found.ignored)):
+        for text in texts:
+            sys.stderr.write(f"{kind}: {text}\n")
+
+
 def _fills(texts: list[str]) -> dict[str, str]:
     fills = {}
     for text in texts:
@@ -88,3 +116,4 @@ def _write(found: Export, folder: Path, force: bool) -> None:
 def add_commands(app: typer.Typer) -> None:
     """Puts them under a command line."""
     app.command(epilog="Example: planner export plan.yaml --to slurm --trainer torchtitan --out job")(export)
+    app.command("import", epilog="Example: planner import --from deepspeed ds_config.json --model llama-3.1-8b --accelerator h100")(import_)

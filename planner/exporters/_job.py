@@ -70,6 +70,9 @@ PLANNING_ONLY = {
 """Keys that only the prediction reads."""
 BOOKKEEPING = {"model_type", "name", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path"}
 """Keys of a config.json that say nothing about the training."""
+SILENT_WORKLOAD = ("job", "recompute", "attention_kernel", "loss_kernel", "activation_input")
+LORA_ONLY = ("lora_targets", "lora_dropout", "frozen_format")
+"""Keys of the workload whose default says nothing; those of adapters where there are none."""
 ALIASES = {"rms_norm_eps": "norm_eps", "layer_norm_eps": "norm_eps", "layer_norm_epsilon": "norm_eps", "rotary_emb_base": "rope_theta"}
 PARTS: dict[str, type[Spec]] = {"moe": Moe, "mla": Mla}
 """Parts of a ModelSpec, by key."""
@@ -100,12 +103,21 @@ def slug(text: object, limit: int = 40) -> str:
     return found if found[:1].isalpha() else f"run-{found}".strip("-")
 
 
+def _digest(plan: Plan) -> str:
+    """Which plan it was: the first digits of a hash of all that it says."""
+    try:
+        return hashlib.sha256(to_json(plan.inputs).encode()).hexdigest()[:12]
+    except UnicodeEncodeError as error:
+        raise InputError.single("plan", error.object[error.start : error.end], "must be text that UTF-8 can hold", "correct the name") from None
+
+
 class ExportJob:
     """A complete plan while it is being exported."""
 
     def __init__(self, plan: Plan, target: str, version: str, fills: dict[str, str]) -> None:
         request = plan.to_request()
         self.plan = plan
+        self.digest = _digest(plan)
         self.target, self.version, self.trainer = target, version, ""
         self.layout: Layout = plan.layout
         self.workload: Workload = request.workload
@@ -232,10 +244,14 @@ class ExportJob:
         section, _, name = key.partition(".")
         value = self.keys[key]
         if section == "layout":
-            idle = {"schedule": self.layout.pp == 1, "num_virtual_stages": self.layout.pp == 1, "zero_stage": self.layout.dp_shard == 1}
-            return idle.get(name, False) or (name != "micro_batch_size" and value in (1, False))
+            if name in ("schedule", "num_virtual_stages"):
+                return self.layout.pp == 1
+            if name == "zero_stage":
+                return self.layout.dp_shard == 1
+            return name != "micro_batch_size" and value == Layout.model_fields[name].default
         if section == "workload":
-            return name in ("job", "recompute", "attention_kernel", "loss_kernel") and value == Workload.model_fields[name].default
+            says_nothing = (*SILENT_WORKLOAD, *(LORA_ONLY if self.workload.job != "lora" else ()))
+            return name in says_nothing and value == Workload.model_fields[name].default
         if section == "model":
             part, _, inner = name.partition(".")
             kind: type[Spec] | None = PARTS.get(part) if inner else ModelSpec
@@ -316,11 +332,10 @@ class ExportJob:
     def header(self, comment: str = "# ") -> str:
         """The first lines of every file that can hold comments."""
         plan = self.plan
-        digest = hashlib.sha256(to_json(plan.inputs).encode("utf-8", "replace")).hexdigest()[:12]
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         predicted = f"predicted: peak {format_gib(plan.memory.peak_bytes.value)} GiB, {plan.time.tokens_per_s_per_device:,.0f} tok/s/device"
         lines = (
-            f"planner {plan.provenance.get('planner_version', 'unknown')}, plan {digest}, for {self.target} {self.version}, {today}",
+            f"planner {plan.provenance.get('planner_version', 'unknown')}, plan {self.digest}, for {self.target} {self.version}, {today}",
             f"{self.model_name} on {self.cluster.num_devices} x {self.cluster.accelerator.id}, {predicted}",
         )
         return "".join(f"{comment}{one_line(line, 200)}\n" for line in lines)

@@ -73,7 +73,7 @@ def _cluster(job: ExportJob) -> dict[str, Any]:
         if layout.zero_stage == 1 and layout.dp_shard > 1:
             job.drop("layout.zero_stage", "FSDP shards the gradients too: the nearest is stage 2")
     if layout.num_devices > 1:
-        found |= {"use_parallelism_config": True, "parallelism_config": degrees}
+        found["parallelism_config"] = degrees
     if job.workload.recompute == "selective":
         job.drop("workload.recompute", "FSDP checkpoints whole layers or nothing")
     return found

@@ -8,8 +8,10 @@ from planner.exporters import EXPORTERS, Draft, Exporter, ExportJob
 from planner.exporters._job import WORD
 from planner.exporters._launch import program_of, torchrun_words
 from planner.exporters._text import ShellText, shell_array, shell_env, shell_words
-from planner.units import DAY_S
+from planner.units import format_duration
 
+START_S = 1800
+"""For containers, imports, compilation, and loading of the checkpoint: the predicted duration has none of it."""
 STOP_AHEAD_S = 120
 """SIGTERM so long before the time limit: time to write a checkpoint."""
 
@@ -39,7 +41,7 @@ class Slurm(Exporter):
         draft, program = program_of(job)
         job.read("cluster.num_devices")
         gpus = [f"gpus-per-node={job.devices_per_node}"] if job.cluster.accelerator.kind == "gpu" else [f"cpus-per-task={job.devices_per_node}"]
-        limit_s = job.plan.time.train_s.high
+        limit_s = job.plan.time.train_s.high + START_S
         options = [
             f"job-name={job.slug}",
             f"nodes={job.num_nodes}",
@@ -54,10 +56,10 @@ class Slurm(Exporter):
             "requeue",
             f"signal=TERM@{STOP_AHEAD_S}",
         ]
-        job.note(f"--time is the 90th percentile of the predicted duration ({limit_s / DAY_S:.1f} days); submit again after it: the run goes on")
+        job.note(f"--time is {format_duration(limit_s)}: the 90th percentile of the predicted duration and half an hour; submit again to go on")
         launch = shell_words(["srun", *torchrun_words(job, ShellText('"${hosts[0]}:$port"'), ShellText('"$SLURM_JOB_ID"'))])
         text = (
-            "#!/usr/bin/env bash\n" + job.header() + "# --time is the 90th percentile of the predicted duration, not the median.\n"
+            "#!/usr/bin/env bash\n" + job.header() + "# --time: 90th percentile of the predicted duration, and half an hour to start.\n"
             + "".join(f"#SBATCH --{option}\n" for option in options)
             + 'set -euo pipefail\ncd "$SLURM_SUBMIT_DIR"\n'
             + 'mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")\n'
