@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.coefficients import TERMS
 from planner.economics import CostBreakdown, Goodput
 from planner.graph import Part, StepGraph, count_params, model_flops_per_token
 from planner.layout import Layout
@@ -15,7 +16,9 @@ from planner.memory import MemoryBreakdown
 from planner.plan import Cost, Evidence, Flops, Interval, Loss, Memory, Params, Plan, Request, StageMemory, Time, Violation, spec_to_plain
 from planner.resolve import Job
 from planner.scaling_laws import predict_loss
-from planner.timing import TimeBreakdown, repeated_ops
+from planner.stack import Coefficient
+from planner.step_work import repeated_ops
+from planner.timing import TimeBreakdown
 
 __all__ = ["assemble_plan", "counted_flops_per_token", "hardware_flops_per_token", "repeated_flops"]
 
@@ -217,14 +220,17 @@ def _standing_assumptions(job: Job, goodput: Goodput) -> list[str]:
 
 def _evidence(job: Job) -> tuple[Evidence, ...]:
     """The coefficients that the step time rests on."""
-    stack, efficiency = job.stack, job.efficiency
-    coefficients = {
-        "matmul rate over dense peak": efficiency.matmul_peak_fraction,
-        "memory bandwidth over data sheet": stack.memory,
-        "attention over its published curve": stack.attention,
-    }
-    coefficients |= {f"overlap of {name}": getattr(stack.overlap, name) for name in type(stack.overlap).model_fields}
-    return tuple(Evidence(name, c.value, c.evidence, c.source) for name, c in coefficients.items())
+    accelerator = job.cluster.accelerator.id
+    found = [Evidence("best matmul alone over dense peak", *_told(job.efficiency.best_matmul))]
+    for name, term in TERMS.items():
+        if name.endswith("_matmul") and name not in ("grouped_matmul", f"{job.precision.name}_matmul"):
+            continue
+        found.append(Evidence(f"{name}: {term.meaning}", *_told(job.stack.coefficient(name, accelerator))))
+    return tuple(found)
+
+
+def _told(coefficient: Coefficient) -> tuple[float, str, str]:
+    return coefficient.value, coefficient.evidence, coefficient.source
 
 
 def _provenance(job: Job) -> dict[str, Any]:

@@ -1,53 +1,52 @@
-"""Runs -> a stack whose predictions fit them: coefficients, intervals, and errors on runs that were left out of the fit.
+"""Measured steps -> a stack whose predictions fit them: coefficients, intervals, and errors on steps that were left out of the fit.
 
-A step's seconds are a sum over kinds of work, each divided by one coefficient of the stack, and a rest that no coefficient divides. The fit
-scales those coefficients towards the runs, and stays near where it started for kinds that the runs say little about.
+The coefficients start where the old stack has them, and move as far as the steps ask for and their spreads and bounds allow: terms that
+the steps say little about stay where they were.
 """
 
 from __future__ import annotations
 
 import datetime
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from planner.cases import Measured
+from planner.coefficients import TERMS
 from planner.errors import InputError, Problem
 from planner.estimate import estimate
-from planner.files import to_json, to_yaml, write_text
-from planner.plan import Plan, Request, build_request
-from planner.run_files import read_plan, read_summary
+from planner.files import to_yaml, write_text
+from planner.fitting import (
+    NAMES,
+    OWN_NOISE_FRACTION,
+    PUBLISHED_NOISE_FRACTION,
+    Batch,
+    Fit,
+    Level,
+    Limits,
+    fit_cases,
+    make_batches,
+    on_scale,
+    predict_s,
+    term_values,
+)
 from planner.spec import build
 from planner.stack import StackSpec, load_stack
 
-__all__ = ["Calibration", "Run", "calibrate", "read_run"]
+__all__ = ["Calibration", "calibrate", "deviations", "left_out_s", "stack_text"]
 
-KINDS = ("matmul", "attention", "memory", "communication")
-"""Coefficients of a stack that divide seconds of a step; `matmul` stands for those of single accelerators too."""
-NUDGE_FRACTION = 0.01
-"""How much slower one kind is made to see how many seconds of a step it divides."""
-PRIOR_WEIGHT = 0.02
-"""Weight of staying where one was, against the mean squared relative error of the runs; chosen on no run: a fifth of a kind's time may
-move freely when ten runs ask for it."""
-LEAST_FACTOR, MOST_FACTOR = 0.2, 5.0
 LEAST_RUNS = 3
+MOST_FOLDS = 10
 INTERVAL_PERCENTILES = (10.0, 90.0)
 LEAST_INTERVAL_FRACTION = 0.03
 """An interval from a handful of residuals is never narrower than this on either side."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One measured run."""
-
-    name: str
-    request: Request
-    step_s: float
-    peak_bytes: float
+TOLD_SHARE = 0.1
+"""A coefficient counts as constrained when so much of what is known about it comes from the steps."""
+SHOWN_STEPS = 3
+DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,12 @@ class Calibration:
     """The fitted stack and how well it does."""
 
     stack: dict[str, Any]
-    factors: dict[str, float]
-    """Time factor of each kind: 1.1 means that it takes 10% longer than predicted before."""
+    coefficients: dict[str, dict[str, Any]]
+    """Term -> before, after, share of it that the steps told, at_bound, and the steps that told most."""
     rows: tuple[dict[str, Any], ...]
-    """Per run: predicted step before, after, and by a fit without this run; measured."""
+    """Per step: predicted before, after, and by a fit without its group; measured."""
+    ranges: dict[str, tuple[float, float]]
+    """What the steps span; a prediction outside extrapolates."""
     median_error_before_fraction: float
     median_error_after_fraction: float
     median_error_left_out_fraction: float
@@ -70,7 +71,7 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """The object that `calibrate --json` prints."""
         return {
-            "schema_version": 1, "stack": self.stack["name"], "factors": self.factors, "rows": list(self.rows),
+            "schema_version": 1, "stack": self.stack["name"], "coefficients": self.coefficients, "rows": list(self.rows), "ranges": self.ranges,
             "median_abs_error_fraction": {
                 "before": self.median_error_before_fraction, "after": self.median_error_after_fraction,
                 "left_out": self.median_error_left_out_fraction,
@@ -78,156 +79,169 @@ class Calibration:
         }  # fmt: skip
 
 
-def read_run(folder: str | Path) -> Run:
-    """A run that `reftrain run` finished.
+def calibrate(steps: Sequence[Measured], stack_name: str, name: str | None = None) -> Calibration:
+    """Fits a stack to measured steps.
 
-    Raises:
-        InputError: no such run, or one without timed steps.
-    """
-    folder = Path(folder)
-    plan, summary = read_plan(folder), read_summary(folder)
-    if summary.step_s is None or summary.peak_bytes is None:
-        raise InputError.single("RUN_DIR", str(folder), "the run has no timed steps", "run it for at least 10 steps")
-    return Run(str(folder), build_request(plan, str(folder / "plan.yaml")), summary.step_s.median, summary.peak_bytes)
-
-
-def calibrate(runs: Sequence[Run], stack_name: str | None = None, name: str | None = None) -> Calibration:
-    """Fits a stack to runs.
-
-    Formula: minimizes mean(((r_i + sum_k x_k t_ik) / y_i - 1)^2) + PRIOR_WEIGHT * mean((x_k - 1)^2) over the time factors x_k of the kinds
-    k, with y_i the measured seconds of run i, t_ik those predicted for kind k and r_i those that no kind divides; a coefficient becomes the old
-    one over x_k.
-    The interval is the 10th to 90th percentile of measured over predicted, each predicted by a fit without the runs of that configuration.
-    t_ik is the change of the predicted step per relative change of x_k, so that work done again, overheads and overlap count as they are
-    priced. It is taken where the old stack stands; the errors that are reported come from whole predictions by the new one.
+    The intervals are the 10th to 90th percentile of measured over predicted, each predicted by a fit without the steps of its group.
 
     Args:
-        stack_name: the stack to start from; None: the runs' own.
-        name: of the new stack; None: the old one's with `-calibrated`.
+        steps: made with the stack to start from.
+        stack_name: that stack.
+        name: of the new one; None: the old one's with `-calibrated`.
 
     Raises:
-        InputError: fewer than three configurations, a run named twice, or runs of several stacks.
+        InputError: fewer than three groups, a step named twice, or steps of several stacks.
     """
-    _check_runs(runs)
-    plans = [_estimate(run, stack_name) for run in runs]
-    start, groups = _common_stack(plans), _configurations(plans)
-    old = load_stack(start)
-    before = np.array([plan.time.step_s.value for plan in plans])
-    measured, times = np.array([run.step_s for run in runs]), _seconds_by_kind(runs, before, old)
-    rest = before - times.sum(axis=1)
-    factors = _fit(times, rest, measured)
-    after = _predict(runs, old, factors)
-    left_out = np.empty(len(runs))
-    for group in set(groups):
-        own = groups == group
-        fitted = _fit(times[~own], rest[~own], measured[~own])
-        left_out[own] = _predict([run for run, is_own in zip(runs, own, strict=True) if is_own], old, fitted)
-    memory = np.array([run.peak_bytes / plan.memory.peak_bytes.value for run, plan in zip(runs, plans, strict=True)])
-    stack = _new_stack(old, name or f"{start}-calibrated", factors, measured / left_out, memory, runs)
+    _check(steps)
+    old = load_stack(stack_name)
+    batches, measured_s = make_batches([step.work for step in steps]), np.array([step.step_s for step in steps])
+    start = np.array([start_of(old, step.job.cluster.accelerator.id) for step in steps])
+    has_curves = any(step.job.cluster.accelerator.id in old.measured for step in steps)
+    limits = Limits.of_measured_device() if has_curves else Limits.physical()
+    levels = [Level("stack", ("all",) * len(steps), tuple(name for name in NAMES if np.all(start[:, NAMES.index(name)] > np.log(1e-9))))]
+    weight = np.array([step.weight_factor for step in steps])
+    noise = OWN_NOISE_FRACTION if all(step.peak_bytes is not None for step in steps) else PUBLISHED_NOISE_FRACTION
+    fit = fit_cases(batches, measured_s, weight, levels, start, limits, noise)
+    before_s, after_s = predict_s(batches, start, limits), predict_s(batches, fit.theta, limits)
+    left_s = left_out_s(batches, measured_s, weight, levels, start, limits, [step.group for step in steps], noise_fraction=noise)
+    memory = np.array([step.peak_bytes / estimate(step.request).memory.peak_bytes.value for step in steps if step.peak_bytes is not None])
+    stack = _new_stack(old, name or f"{old.name}-calibrated", fit, limits, measured_s / left_s, memory, steps)
     rows = tuple(
-        {"run": run.name, "measured_step_s": run.step_s, "before_step_s": float(b), "after_step_s": float(a), "left_out_step_s": float(o)}
-        for run, b, a, o in zip(runs, before, after, left_out, strict=True)
+        {"run": step.name, "measured_step_s": step.step_s, "before_step_s": float(b), "after_step_s": float(a), "left_out_step_s": float(o)}
+        for step, b, a, o in zip(steps, before_s, after_s, left_s, strict=True)
     )
-    errors = [float(np.median(np.abs(predicted / measured - 1))) for predicted in (before, after, left_out)]
-    return Calibration(stack, dict(zip(KINDS, map(float, factors), strict=True)), rows, *errors)
+    errors = [float(np.median(np.abs(predicted / measured_s - 1))) for predicted in (before_s, after_s, left_s)]
+    return Calibration(stack, _coefficients(fit, limits, old, steps), rows, _ranges(steps), *errors)
 
 
-def _check_runs(runs: Sequence[Run]) -> None:
-    """Enough runs, each counted once."""
-    names = [str(Path(run.name).resolve()) for run in runs]
+def start_of(stack: StackSpec, accelerator: str) -> np.ndarray:
+    """Values of all terms of a stack on an accelerator, on the scale of the fit."""
+    return on_scale([stack.coefficient(name, accelerator).value for name in NAMES])
+
+
+def left_out_s(
+    batches: Sequence[Batch],
+    measured_s: np.ndarray,
+    weight: np.ndarray,
+    levels: Sequence[Level],
+    start: np.ndarray | None,
+    limits: Limits,
+    groups: Sequence[Hashable],
+    num_folds: int = MOST_FOLDS,
+    noise_fraction: float = PUBLISHED_NOISE_FRACTION,
+) -> np.ndarray:
+    """Seconds of every step, predicted by a fit that saw no step of its group."""
+    folds, predicted = fold_of(groups, num_folds), np.empty(len(measured_s))
+    for fold in np.unique(folds):
+        fit = fit_cases(batches, measured_s, np.where(folds == fold, 0.0, weight), levels, start, limits, noise_fraction)
+        predicted[folds == fold] = predict_s(batches, fit.theta, limits)[folds == fold]
+    return predicted
+
+
+def fold_of(groups: Sequence[Hashable], num_folds: int) -> np.ndarray:
+    """A fold for every step, the same for all steps of a group; groups are dealt out in an order that does not depend on the table's."""
+    distinct = sorted(set(groups), key=str)
+    dealt = np.random.default_rng(0).permutation(len(distinct)) % num_folds
+    place = dict(zip(distinct, dealt.tolist(), strict=True))
+    return np.array([place[group] for group in groups])
+
+
+def _check(steps: Sequence[Measured]) -> None:
+    """Enough steps, each counted once, all of one stack."""
+    names = [str(Path(step.name).resolve()) for step in steps]
     problems = [
-        Problem("RUN_DIR", run.name, "is named twice", "name each run once")
-        for i, (run, name) in enumerate(zip(runs, names, strict=True))
+        Problem("RUN_DIR", step.name, "is named twice", "name each run once")
+        for i, (step, name) in enumerate(zip(steps, names, strict=True))
         if name in names[:i]
     ]
-    if len(runs) < LEAST_RUNS:
-        problems.append(Problem("RUN_DIR", len(runs), f"a fit needs at least {LEAST_RUNS} runs", "measure more, of different sizes"))
+    if len(steps) < LEAST_RUNS:
+        problems.append(Problem("RUN_DIR", len(steps), f"a fit needs at least {LEAST_RUNS} runs", "measure more, of different sizes"))
     if problems:
         raise InputError(*problems)
+    groups = len({step.group for step in steps})
+    if groups < LEAST_RUNS:
+        rule = f"a fit needs at least {LEAST_RUNS} different configurations, and these {len(steps)} runs are of {groups}"
+        raise InputError.single("RUN_DIR", groups, rule, "measure other sizes, lengths or layouts")
+    stacks = sorted({step.request.stack or step.job.stack.name for step in steps})
+    if len(stacks) > 1:
+        raise InputError.single("RUN_DIR", stacks, "the runs name several stacks", "name one with --stack, or calibrate them apart")
 
 
-def _configurations(plans: Sequence[Plan]) -> np.ndarray:
-    """A number per run, the same for runs that differ in nothing that is priced per step: one tells what the other measured."""
-    keys = []
-    for plan in plans:
-        workload = {key: value for key, value in plan.inputs["workload"].items() if key != "tokens"}
-        keys.append(to_json([plan.inputs["model"], workload, plan.inputs["cluster"], plan.inputs["layout"]]))
-    distinct = sorted(set(keys))
-    if len(distinct) < LEAST_RUNS:
-        rule = f"a fit needs at least {LEAST_RUNS} different configurations, and these {len(plans)} runs are of {len(distinct)}"
-        raise InputError.single("RUN_DIR", len(distinct), rule, "measure other sizes, lengths or layouts")
-    return np.array([distinct.index(key) for key in keys])
+def _coefficients(fit: Fit, limits: Limits, old: StackSpec, steps: Sequence[Measured]) -> dict[str, dict[str, Any]]:
+    """What became of each term."""
+    first, found = steps[0].job.cluster.accelerator.id, {}
+    after = dict(zip(NAMES, term_values(fit.theta[:1], limits)[0].tolist(), strict=True))
+    for name, (share, order) in fit.told("stack", "all").items():
+        k = NAMES.index(name)
+        found[name] = {
+            "before": old.coefficient(name, first).value,
+            "after": after[name],
+            "told_share": float(share),
+            "at_bound": bool(fit.theta[0, k] <= limits.low[k] or fit.theta[0, k] >= limits.high[k]),
+            "told_by": [steps[i].name for i in order[:SHOWN_STEPS]] if share >= TOLD_SHARE else [],
+        }
+    return found
 
 
-def _estimate(run: Run, stack: str | None) -> Plan:
-    return estimate(run.request if stack is None else run.request.model_copy(update={"stack": stack}))
-
-
-def _predict(runs: Sequence[Run], old: StackSpec, factors: np.ndarray) -> np.ndarray:
-    """Predicted seconds of one step, [runs], by the old stack with these time factors."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/scaled.yaml"
-        write_text(path, to_yaml(_scaled(old, factors, "assumed", "a step of the fit")))
-        return np.array([_estimate(run, path).time.step_s.value for run in runs])
-
-
-def _seconds_by_kind(runs: Sequence[Run], before: np.ndarray, old: StackSpec) -> np.ndarray:
-    """Predicted seconds of one step that each coefficient divides, [runs, kinds]."""
-    nudged = [_predict(runs, old, 1 + NUDGE_FRACTION * unit) for unit in np.eye(len(KINDS))]
-    seconds: np.ndarray = (np.array(nudged).T - before[:, None]) / NUDGE_FRACTION
-    return seconds
-
-
-def _common_stack(plans: Sequence[Plan]) -> str:
-    names = sorted({str(plan.inputs["stack"]) for plan in plans})
-    if len(names) > 1:
-        raise InputError.single("RUN_DIR", names, "the runs name several stacks", "name one with --stack, or calibrate them apart")
-    return names[0]
-
-
-def _fit(times: np.ndarray, rest: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """Time factors, [kinds]: ridge regression towards 1 on relative errors, inside bounds: the best of all ways to hold some at a bound."""
-    design, target = times / measured[:, None], 1 - rest / measured
-    num_runs, num_kinds = design.shape
-    gram = design.T @ design / num_runs + PRIOR_WEIGHT / num_kinds * np.eye(num_kinds)
-    goal = design.T @ target / num_runs + PRIOR_WEIGHT / num_kinds
-    best, least = np.ones(num_kinds), np.inf
-    for bounds in product((None, LEAST_FACTOR, MOST_FACTOR), repeat=num_kinds):  # 81 of them: the bounded optimum exactly
-        free = [k for k, bound in enumerate(bounds) if bound is None]
-        factors = np.array([1.0 if bound is None else bound for bound in bounds])
-        held = [k for k in range(num_kinds) if k not in free]
-        factors[free] = np.linalg.solve(gram[np.ix_(free, free)], goal[free] - gram[np.ix_(free, held)] @ factors[held])
-        value = factors @ gram @ factors / 2 - goal @ factors
-        if value < least and np.all((factors >= LEAST_FACTOR) & (factors <= MOST_FACTOR)):
-            best, least = factors, value
-    return best
-
-
-def _scaled(old: StackSpec, factors: np.ndarray, evidence: str, source: str) -> dict[str, Any]:
-    """The old stack's file with each rate divided by the time factor of its kind."""
-    values = old.model_dump(exclude_none=True, by_alias=True)
-    rates = {kind: 1.0 if values.get(kind) is None else values[kind]["value"] for kind in KINDS}
-    origin = {"evidence": evidence, "source": source}
-    values |= {kind: {"value": float(rates[kind] / factor), **origin} for kind, factor in zip(KINDS, factors, strict=True)}
-    values["matmul_per_device"] = {
-        device: {"value": float(rate.value / factors[KINDS.index("matmul")]), **origin} for device, rate in old.matmul_per_device.items()
+def _ranges(steps: Sequence[Measured]) -> dict[str, tuple[float, float]]:
+    """What the steps span."""
+    spans = {
+        "num_devices": [step.job.cluster.num_devices for step in steps],
+        "hidden_size": [step.job.model.hidden_size for step in steps],
+        "num_layers": [step.job.model.num_layers for step in steps],
+        "seq_len": [step.job.seq_len for step in steps],
+        "micro_batch_size": [int(np.max(step.graph.layout.micro_batch_size)) for step in steps],
     }
+    return {name: (float(min(values)), float(max(values))) for name, values in spans.items()}
+
+
+def deviations(fit: Fit, level: str, key: Hashable, start: dict[str, float], limits: Limits, source: str) -> dict[str, dict[str, Any]]:
+    """Coefficients of a stack file: the terms of a level that its steps told something about.
+
+    Args:
+        start: values before this level adds, on the scale of the fit.
+    """
+    told, added, found = fit.told(level, key), fit.of(level, key), {}
+    for name, amount in added.items():
+        if told[name][0] >= TOLD_SHARE:
+            theta = np.array([start[other] + (amount if other == name else 0.0) for other in NAMES])
+            value = float(term_values(theta[None], limits)[0, NAMES.index(name)])
+            found[name] = {"value": float(f"{value:.{DIGITS}g}"), "evidence": "fitted", "source": source}
+    return found
+
+
+def stack_text(stack: StackSpec) -> dict[str, Any]:
+    """A stack as its file has it, sizes with units."""
+    values = stack.model_dump(exclude_none=True, by_alias=True)
     sizes = {key: f"{values.pop(key)!r} B" for key in ("context", "collective_buffers", "workspace") if values[key]}
     values.pop("workspace", None)  # none: the default, which no text with a unit may say
-    return values | {"kernel_overhead": f"{old.kernel_overhead!r} s", **sizes}
+    return values | sizes
 
 
 def _new_stack(
-    old: StackSpec, name: str, factors: np.ndarray, time_ratio: np.ndarray, memory_ratio: np.ndarray, runs: Sequence[Run]
+    old: StackSpec, name: str, fit: Fit, limits: Limits, time_ratio: np.ndarray, memory_ratio: np.ndarray, steps: Sequence[Measured]
 ) -> dict[str, Any]:
     """The old stack's file with new coefficients and intervals."""
     today = datetime.date.today().isoformat()
-    source = f"fitted to {len(runs)} runs on {today}, from the stack {old.name}"
-    values = _scaled(old, factors, "fitted", source)
+    source = f"fitted to {len(steps)} runs on {today}, from the stack {old.name}"
+    values = stack_text(old)
+    added = fit.of("stack", "all")
+    places: list[tuple[dict[str, Any], list[str]]] = [(values["coefficients"], list(added))]
+    places += [(values["devices"][device], [term for term in own if term in added]) for device, own in old.devices.items()]
+    for place, terms in places:
+        for term in terms:
+            known = place.get(term, {"value": TERMS[term].value})["value"]
+            theta = on_scale([known] * len(NAMES))
+            theta[NAMES.index(term)] += added[term]
+            value = float(term_values(theta[None], limits)[0, NAMES.index(term)])
+            place[term] = {"value": value, "evidence": "fitted", "source": source}
     values |= {"name": name, "description": f"{old.description}, calibrated", "source": source, "date": today}
-    spread_source = f"10th and 90th percentile of measured over predicted in {len(runs)} runs, each left out of its own fit ({today})"
+    spread_source = f"10th and 90th percentile of measured over predicted in {len(steps)} runs, each left out of its own fit ({today})"
     values["time_interval"] = _spread(time_ratio, spread_source)
-    values["memory_interval"] = _spread(memory_ratio, f"10th and 90th percentile of measured over predicted in {len(runs)} runs ({today})")
+    if len(memory_ratio):
+        values["memory_interval"] = _spread(
+            memory_ratio, f"10th and 90th percentile of measured over predicted in {len(memory_ratio)} runs ({today})"
+        )
     build(StackSpec, values, "stack")
     return values
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 import typer
 from typer.exceptions import TyperException
 
+from planner.cli_calibrate import add_commands as add_calibrate_commands
 from planner.cli_export import add_commands as add_export_commands
 from planner.errors import InputError, PlannerError, Problem, nearest
 
@@ -29,6 +30,7 @@ def make_app(text: str) -> typer.Typer:
 
 app = make_app("Plan an LLM training run before you pay for it.")
 add_export_commands(app)
+add_calibrate_commands(app)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 PlanFile = Annotated[str | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; options below change it.")]
@@ -263,24 +265,6 @@ def validate(
 
     report = validate_rows(row for name in measurements for row in read_rows(name))
     sys.stdout.write(to_json(report.to_dict()) if as_json else render_markdown(report, measurements))
-
-
-@app.command(epilog="Example: planner calibrate runs/a runs/b runs/c --out stack.yaml")
-def calibrate(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN_DIR...", help="Folders that `reftrain run` wrote.")],
-    out: Annotated[str, typer.Option(metavar="STACK.yaml", help="Where to write the fitted stack.")],
-    stack: Annotated[str | None, typer.Option(metavar="NAME", help="Stack to start from; default the runs' own.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Fit a stack to measured runs, and say how well it predicts runs that it was not fitted to."""
-    from planner.calibration import calibrate as run
-    from planner.calibration import read_run
-    from planner.files import to_json
-    from planner.report.calibration_text import render_calibration
-
-    found = run([read_run(folder) for folder in runs], stack, Path(out).stem)
-    found.save(out)
-    sys.stdout.write(to_json(found.to_dict()) if as_json else render_calibration(found, out))
 
 
 def _fail(error: PlannerError, as_json: bool) -> int:

@@ -168,4 +168,4 @@ def collective_s(collective: str, num_bytes: Array, group: Group, cluster: Clust
         measured, _, size = key.partition("/")
         if measured == collective:
             seconds = np.where((group.size == int(size)) & (group.num_domains == 1), curve.at(num_bytes), seconds)
-    return np.where((group.size > 1) & (np.asarray(num_bytes) > 0), seconds / cluster.communication_fraction, 0.0)
+    return np.where((group.size > 1) & (np.asarray(num_bytes) > 0), seconds, 0.0)

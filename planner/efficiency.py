@@ -1,8 +1,8 @@
 """How fast a software stack runs an op of a given kind and size on a given accelerator.
 
 In: a stack file (`data/stacks/*.yaml`), the attention curves (`data/attention_kernels.yaml`), an accelerator.
-Out: an `Efficiency` whose methods turn FLOPs, bytes and sizes into seconds, for numbers and arrays alike. Every
-coefficient carries its evidence: measured, fitted or assumed.
+Out: an `Efficiency` whose methods turn FLOPs, bytes and sizes into `Work`: seconds at full rates, for numbers and arrays alike,
+which the stack's coefficients then divide. Every coefficient carries its evidence: measured, fitted or assumed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from planner.coefficients import Coefficients
 from planner.curves import Curve, DeviceCurves
 from planner.errors import InputError
 from planner.files import DATA_DIR, read_yaml
@@ -24,7 +25,7 @@ from planner.ops import Embedding, Norm
 from planner.precision import Precision
 from planner.stack import Coefficient, Evidence, StackSpec
 
-__all__ = ["Efficiency", "op_class"]
+__all__ = ["Efficiency", "Work", "add_work", "op_class", "work_rates"]
 
 Array = Any
 
@@ -34,11 +35,41 @@ EPILOGUE_K = 96
 """Inner length whose time a tile spends on prologue and epilogue; assumed."""
 TILES = ((256, 128, 1.0), (128, 128, 0.94), (64, 128, 0.80))
 """Output tiles a matmul library chooses from, with the rate each reaches when it fills the device; assumed."""
+ALIGNED_ELEMENTS = 64
+UNALIGNED_FRACTION = 0.85
+"""Rate of matmuls whose weight's dims are no multiples of 128 bytes; NVIDIA's guide asks for them (arXiv:2401.14489), the loss is assumed."""
 MEMORY_RAMP_BYTES = 2e6
 """Bytes whose transfer time equals a memory-bound kernel's ramp up and down; assumed, gives 0.83 of the plateau at 10 MB."""
 
 
 Phase = Literal["forward", "backward_input", "backward_weight"]
+Work = dict[str, Array]
+"""Seconds at full rates by the coefficient that divides them (`matmul`, `grouped_matmul`, `attention`, `memory`), number of `kernels`, and
+seconds of measured `overhead` that nothing divides."""
+QUANTIZED = ("fp8", "mxfp8", "nvfp4")
+
+
+def add_work(*works: Work) -> Work:
+    """Their sum.
+
+    Example:
+        >>> add_work({"memory": 1.0}, {"memory": 2.0, "kernels": 3.0})
+        {'memory': 3.0, 'kernels': 3.0}
+    """
+    total: Work = {}
+    for work in works:
+        for kind, amount in work.items():
+            total[kind] = total[kind] + amount if kind in total else amount
+    return total
+
+
+def work_rates(coefficients: Coefficients, precision: str) -> dict[str, Array]:
+    """Coefficient that divides each kind of work."""
+    matmul = coefficients.matmul * (getattr(coefficients, f"{precision}_matmul") if precision in QUANTIZED else 1.0)
+    return {
+        "matmul": matmul, "grouped_matmul": matmul * coefficients.grouped_matmul, "attention": coefficients.attention,
+        "memory": coefficients.memory,
+    }  # fmt: skip
 
 
 def op_class(op: Op) -> str:
@@ -124,33 +155,34 @@ class Efficiency:
         return rates[rate]
 
     @property
-    def matmul_peak_fraction(self) -> Coefficient:
-        """Rate of a large, well-shaped matmul in a training step over the dense peak."""
-        fitted = self.stack.matmul_per_device.get(self.accelerator.id)
-        if fitted is not None:
-            return fitted
-        measured = self.accelerator.matmul_max_fraction
-        rate = self.precision.matmul_rate
-        best = measured.get(rate, measured.get("bf16", UNMEASURED_MATMUL_FRACTION))
-        is_measured = rate in measured
-        origin = (
-            f"best matmul measured alone {best:.3f} of peak"
-            if is_measured
-            else f"no measurement for {rate} on {self.accelerator.id}: {best:.3f} assumed"
-        )
-        evidence: Evidence = self.stack.matmul.evidence if is_measured else "assumed"
-        return Coefficient(
-            value=best * self.stack.matmul.value, evidence=evidence, source=f"{origin}; times {self.stack.matmul.value} ({self.stack.matmul.source})"
-        )
+    def coefficients(self) -> Coefficients:
+        """What the stack reaches on this accelerator."""
+        return self.stack.coefficients_on(self.accelerator.id)
+
+    @property
+    def best_matmul(self) -> Coefficient:
+        """Best rate of a matmul measured alone, over the dense peak."""
+        measured, rate = self.accelerator.matmul_max_fraction, self.precision.matmul_rate
+        if rate in measured:
+            return Coefficient(value=measured[rate], evidence="measured", source=f"best {rate} matmul measured alone on {self.accelerator.id}")
+        best = measured.get("bf16", UNMEASURED_MATMUL_FRACTION)
+        return Coefficient(value=best, evidence="assumed", source=f"no measurement for {rate} on {self.accelerator.id}: {best:.3f} assumed")
+
+    @property
+    def rates(self) -> dict[str, Array]:
+        """Coefficient that divides each kind of work."""
+        return work_rates(self.coefficients, self.precision.name)
 
     def shape_fraction(self, m: Array, n: Array, k: Array) -> Array:
         """Share of the large-matmul rate that an [m, k] x [k, n] product reaches.
 
-        Formula: best over tiles of rate * waves_needed / waves_run, times k / (k + EPILOGUE_K); devices without known compute
-        units (TPUs) pad n and k to 128 instead.
+        Formula: best over tiles of rate * waves_needed / waves_run, times k / (k + EPILOGUE_K), less where rows do not start at
+        multiples of 128 bytes; devices without known compute units (TPUs) pad n and k to 128 instead.
         """
         units = self.accelerator.num_compute_units
         inner = k / (k + EPILOGUE_K)
+        if self.accelerator.kind == "gpu":
+            inner = inner * np.where((np.mod(n, ALIGNED_ELEMENTS) != 0) | (np.mod(k, ALIGNED_ELEMENTS) != 0), UNALIGNED_FRACTION, 1.0)
         if units is None or self.accelerator.kind != "gpu":
             return inner * (n / (np.ceil(n / 128) * 128)) * (k / (np.ceil(k / 128) * 128))
         best: Array = 0.0
@@ -160,29 +192,33 @@ class Efficiency:
             best = np.maximum(best, rate * exact / (waves * units))
         return inner * best
 
-    def matmul_s(self, flops: Array, num_bytes: Array, gemm: tuple[Array, Array, Array], is_grouped: bool = False) -> Array:
-        """max(compute, memory) of one matmul; FLOPs as executed."""
-        peak = self.peak_flops_per_s(self.precision.matmul_rate) * self.matmul_peak_fraction.value
-        peak *= self.stack.grouped_matmul.value if is_grouped else 1.0
-        return np.maximum(flops / (peak * self.shape_fraction(*gemm)), self.memory_s(num_bytes, 1))
+    def matmul_work(self, flops: Array, num_bytes: Array, gemm: tuple[Array, Array, Array], kind: str = "matmul") -> Work:
+        """One matmul, FLOPs as executed: bound by compute, or by memory where its bytes take longer than that at full rates."""
+        compute = flops / (self.peak_flops_per_s(self.precision.matmul_rate) * self.best_matmul.value * self.shape_fraction(*gemm))
+        traffic = self.memory_s(num_bytes, 1)
+        is_bound = traffic > compute
+        return {kind: np.where(is_bound, 0.0, compute), "memory": np.where(is_bound, traffic, 0.0), "kernels": 1.0}
 
     def memory_s(self, num_bytes: Array, num_kernels: float) -> Array:
-        """Seconds of memory-bound kernels that move `num_bytes` in all."""
-        bandwidth = self.accelerator.memory_bandwidth_bytes_per_s * self.stack.memory.value
-        if num_kernels == 0:
-            return num_bytes / bandwidth
-        return np.maximum((num_bytes + num_kernels * MEMORY_RAMP_BYTES * (num_bytes > 0)) / bandwidth, num_kernels * self.stack.kernel_overhead)
+        """Seconds of memory-bound kernels that move `num_bytes` in all, at the data sheet's bandwidth."""
+        return (num_bytes + num_kernels * MEMORY_RAMP_BYTES * (np.asarray(num_bytes) > 0)) / self.accelerator.memory_bandwidth_bytes_per_s
 
-    def attention_s(self, op: Any, seq_len: int, flops: Array, num_bytes: Array, is_flash: bool, phase: str) -> Array:
-        """Seconds of the attention kernel, forward or backward."""
+    def memory_work(self, num_bytes: Array, num_kernels: float) -> Work:
+        """Memory-bound kernels that move `num_bytes` in all."""
+        return {"memory": self.memory_s(num_bytes, num_kernels), "kernels": num_kernels * (np.asarray(num_bytes) > 0)}
+
+    def attention_work(self, op: Any, seq_len: int, flops: Array, num_bytes: Array, is_flash: bool, phase: str) -> Work:
+        """The attention kernel, forward or backward."""
         if not is_flash:
             # Batched matmuls per head, then softmax (and dropout) over all pairs: two kinds of kernels one after the other.
-            gemm = (float(seq_len), float(seq_len), float(op.head_dim))
-            peak = self.peak_flops_per_s(self.precision.attention_rate) * self.matmul_peak_fraction.value
-            return flops / (peak * gemm[2] / (gemm[2] + EPILOGUE_K)) + self.memory_s(num_bytes, 3)
+            depth = float(op.head_dim)
+            peak = self.peak_flops_per_s(self.precision.attention_rate) * self.best_matmul.value
+            return {"matmul": flops / (peak * depth / (depth + EPILOGUE_K)), "memory": self.memory_s(num_bytes, 3), "kernels": 5.0}
         peak = self.peak_flops_per_s(self.precision.attention_rate)
         reached, _ = self.attention_fraction(op, seq_len, phase)
-        return np.maximum(flops / (peak * reached * self.stack.attention.value), self.memory_s(num_bytes, 1))
+        compute, traffic = flops / (peak * reached), self.memory_s(num_bytes, 1)
+        is_bound = traffic > compute
+        return {"attention": np.where(is_bound, 0.0, compute), "memory": np.where(is_bound, traffic, 0.0), "kernels": 1.0}
 
     def attention_fraction(self, op: Any, seq_len: int, phase: str) -> tuple[Array, str]:
         """(share of peak that the published kernel reaches, its source)."""
@@ -196,12 +232,14 @@ class Efficiency:
         """What was measured op by op on this very device under this stack."""
         return self.stack.measured.get(self.accelerator.id)
 
-    def measured_s(self, cost: OpCost, seq_len: int, is_flash: bool, phase: Phase) -> Array | None:
-        """Seconds of one op from its curve, with its host time; None where nothing was measured."""
+    def measured_work(self, cost: OpCost, seq_len: int, is_flash: bool, phase: Phase) -> Work | None:
+        """One op from its curve, with its host time; None where nothing was measured."""
         alone = self._alone_s(cost, seq_len, is_flash, phase)
-        if alone is None or self.curves is None or phase == "backward_weight":
-            return alone
-        return alone + self.curves.op_overhead_s
+        if alone is None or self.curves is None:
+            return None
+        overhead = 0.0 if phase == "backward_weight" else self.curves.op_overhead_s
+        kind = "attention" if cost.op.kind == "attention" else "matmul" if cost.gemm is not None else "memory"
+        return {kind: alone, "overhead": overhead}
 
     def _alone_s(self, cost: OpCost, seq_len: int, is_flash: bool, phase: Phase) -> Array | None:
         curves, precision = self.curves, self.precision.name
@@ -217,15 +255,15 @@ class Efficiency:
             width = op.head_dim + op.v_head_dim
             num_heads = cost.model_forward_flops / (2.0 * seq_len * seq_len * width)
             mask = 1.0 if op.is_causal else 2.0  # measured with a causal mask
-            return num_heads * curve.at(seq_len) * width / (2.0 * head_dim) * mask / self.stack.attention.value
+            return num_heads * curve.at(seq_len) * width / (2.0 * head_dim) * mask
         if cost.gemm is not None:
             grid = curves.matmul.get(f"{phase}/{precision}")
-            return None if grid is None else grid.at(*cost.gemm) * cost.num_gemms / self.stack.matmul.value
+            return None if grid is None else grid.at(*cost.gemm) * cost.num_gemms
         curve_of_op = curves.ops.get(f"{op_class(cost.op)}/{phase}/{precision}")
         if curve_of_op is None:
             return None
         num_bytes = cost.forward_bytes if phase == "forward" else cost.backward_bytes
-        return np.where(np.asarray(num_bytes) > 0, curve_of_op.at(num_bytes), 0.0) / self.stack.memory.value
+        return np.where(np.asarray(num_bytes) > 0, curve_of_op.at(num_bytes), 0.0)
 
     def weight_handling_s(self, trained_params: Array, num_microbatches: Array) -> tuple[Array, Array]:
         """(casts of weights for the forward pass, casts and sums of their gradients) per microbatch, where they were measured."""
@@ -237,55 +275,54 @@ class Efficiency:
         casts = [curves.ops[key].at(num_bytes) if is_mixed and key in curves.ops else zero for key in ("cast/forward", "cast/backward")]
         adds = curves.ops["accumulate"].at(num_bytes) * (1 - 1 / num_microbatches) if "accumulate" in curves.ops else zero
         is_trained = np.asarray(trained_params) > 0
-        value = self.stack.memory.value
-        return np.where(is_trained, casts[0], 0.0) / value, np.where(is_trained, casts[1] + adds, 0.0) / value
+        return np.where(is_trained, casts[0], 0.0), np.where(is_trained, casts[1] + adds, 0.0)
 
-    def optimizer_s(self, name: str, num_bytes: Array) -> Array:
-        """Seconds of one optimizer step that moves `num_bytes`, the norm of the gradients and other work of a step included."""
+    def optimizer_s(self, name: str, num_bytes: Array) -> tuple[Array, float]:
+        """(seconds of an update that moves `num_bytes` at full bandwidth, the norm of the gradients included; other work of a step)."""
         curves = self.curves
         curve = None if curves is None else curves.ops.get(f"optimizer/{name}")
         if curves is None or curve is None:
-            return self.memory_s(num_bytes, 0)
-        return curve.at(num_bytes) / self.stack.memory.value + curves.step_overhead_s
+            return self.memory_s(num_bytes, 0), 0.0
+        return curve.at(num_bytes), curves.step_overhead_s
 
-    def forward_s(self, cost: OpCost, seq_len: int, is_flash: bool) -> Array:
-        """Seconds of one op in the forward pass."""
-        measured = self.measured_s(cost, seq_len, is_flash, "forward")
+    def forward_work(self, cost: OpCost, seq_len: int, is_flash: bool) -> Work:
+        """One op in the forward pass."""
+        measured = self.measured_work(cost, seq_len, is_flash, "forward")
         if measured is not None:
             return measured
         kind = cost.op.kind
         if kind == "attention":
-            return self.attention_s(cost.op, seq_len, cost.forward_flops, cost.forward_bytes, is_flash, "forward")
+            return self.attention_work(cost.op, seq_len, cost.forward_flops, cost.forward_bytes, is_flash, "forward")
         if cost.gemm is not None:
-            return self.matmul_s(cost.forward_flops, cost.forward_bytes, cost.gemm, kind == "grouped_matmul") + self.conversion_s(cost)
-        return self.memory_s(cost.forward_bytes, cost.num_kernels)
+            return add_work(self.matmul_work(cost.forward_flops, cost.forward_bytes, cost.gemm, kind), self.conversion_work(cost))
+        return self.memory_work(cost.forward_bytes, cost.num_kernels)
 
-    def backward_input_s(self, cost: OpCost, seq_len: int, is_flash: bool) -> Array:
-        """Seconds of one op in the backward pass, without the weight gradients of matmuls."""
-        measured = self.measured_s(cost, seq_len, is_flash, "backward_input")
+    def backward_input_work(self, cost: OpCost, seq_len: int, is_flash: bool) -> Work:
+        """One op in the backward pass, without the weight gradients of matmuls."""
+        measured = self.measured_work(cost, seq_len, is_flash, "backward_input")
         if measured is not None:
             return measured
         kind = cost.op.kind
         if kind == "attention":
-            return self.attention_s(cost.op, seq_len, cost.backward_input_flops, cost.backward_bytes, is_flash, "backward")
+            return self.attention_work(cost.op, seq_len, cost.backward_input_flops, cost.backward_bytes, is_flash, "backward")
         if cost.gemm is not None:
             m, n, k = cost.gemm
-            return self.matmul_s(cost.backward_input_flops, cost.backward_bytes / 2, (m, k, n), kind == "grouped_matmul") + self.conversion_s(cost)
-        return self.memory_s(cost.backward_bytes, cost.num_kernels)
+            return add_work(self.matmul_work(cost.backward_input_flops, cost.backward_bytes / 2, (m, k, n), kind), self.conversion_work(cost))
+        return self.memory_work(cost.backward_bytes, cost.num_kernels)
 
-    def backward_weight_s(self, cost: OpCost, seq_len: int, is_flash: bool) -> Array:
-        """Seconds of the weight gradients of one matmul; 0 for other ops."""
+    def backward_weight_work(self, cost: OpCost, seq_len: int, is_flash: bool) -> Work:
+        """The weight gradients of one matmul; nothing for other ops."""
         if cost.gemm is None:
-            return 0.0
-        measured = self.measured_s(cost, seq_len, is_flash, "backward_weight")
+            return {}
+        measured = self.measured_work(cost, seq_len, is_flash, "backward_weight")
         if measured is not None:
             return measured
         m, n, k = cost.gemm
-        return self.matmul_s(cost.backward_weight_flops, cost.backward_bytes / 2, (k, n, m), cost.op.kind == "grouped_matmul")
+        return self.matmul_work(cost.backward_weight_flops, cost.backward_bytes / 2, (k, n, m), cost.op.kind)
 
-    def conversion_s(self, cost: OpCost) -> Array:
+    def conversion_work(self, cost: OpCost) -> Work:
         """Casting a matmul's input to a narrow format: read in the compute format, write narrow."""
         if not self.precision.is_quantized or cost.gemm is None:
-            return 0.0
+            return {}
         m, _, k = cost.gemm
-        return self.memory_s(m * k * cost.num_gemms * (self.precision.compute_bytes + self.precision.saved_matmul_bytes), 1)
+        return self.memory_work(m * k * cost.num_gemms * (self.precision.compute_bytes + self.precision.saved_matmul_bytes), 1)

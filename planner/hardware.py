@@ -210,8 +210,6 @@ class Cluster:
     pricing: Pricing
     usd_per_device_hour: float | None
     assumptions: tuple[str, ...] = ()
-    communication_fraction: float = 1.0
-    """Achieved rate of collectives over the links' own; the software stack's."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ In: a Request. Out: a `Job`: model, cluster, stack and workload with nothing lef
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,6 @@ def _fill(request: Request, model: ModelSpec, cluster: Cluster, stack: StackSpec
     assumptions = [*cluster.assumptions, *model.assumptions]
     if request.stack is None:
         assumptions.append(f"stack {stack.name}: none was named")
-    if stack.communication is not None:
-        cluster = replace(cluster, communication_fraction=stack.communication.value)
     workload = request.workload
     precision = get_precision(workload.precision).on("nvfp4" in cluster.accelerator.dense_flops_per_s)
     seq_len = workload.seq_len

@@ -8,14 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from planner.coefficients import TERMS, Coefficients
 from planner.curves import DeviceCurves
+from planner.errors import nearest
 from planner.files import DATA_DIR, read_yaml, user_dir
 from planner.registry import unknown_name
-from planner.spec import Bytes, Fraction, Seconds, Spec, build
+from planner.spec import Bytes, Fraction, Spec, build
 
-__all__ = ["Coefficient", "Evidence", "Overlap", "Spread", "StackSpec", "load_stack", "stack_names"]
+__all__ = ["Coefficient", "Evidence", "FitReport", "Spread", "StackSpec", "load_stack", "stack_names"]
 
 Evidence = Literal["measured", "fitted", "assumed"]
 
@@ -37,15 +39,17 @@ class Spread(Spec):
     source: str = Field(min_length=4)
 
 
-class Overlap(Spec):
-    """Share of each kind of communication that the stack can hide behind compute, where there is enough of it."""
+class FitReport(Spec):
+    """How the coefficients of a stack were fitted, and what they reach on runs that were left out."""
 
-    fsdp: Coefficient
-    data_parallel: Coefficient
-    tensor_parallel: Coefficient
-    context_parallel: Coefficient
-    expert_parallel: Coefficient
-    pipeline: Coefficient
+    date: str
+    num_runs: int = Field(ge=1)
+    accelerators: dict[str, int]
+    """Runs per accelerator."""
+    median_error_fraction: float = Field(ge=0)
+    """Absolute error of the step time, each run predicted by a fit without its group."""
+    p90_error_fraction: float = Field(ge=0)
+    source: str = Field(min_length=4)
 
 
 class StackSpec(Spec):
@@ -116,21 +120,12 @@ class StackSpec(Spec):
     """`recompute: selective` keeps what matmuls made, needed or not, and not what ops save."""
     recompute_stops_early: bool
     """Recomputing a block ends once every tensor of the backward pass is there again: its last matmul is not repeated."""
-    matmul: Coefficient
-    """Rate of large matmuls in a training step over the best rate measured alone (hot devices, power limit)."""
-    matmul_per_device: dict[str, Coefficient] = Field(default_factory=dict)
-    """Accelerator id -> rate of large matmuls in a training step over the dense peak, where it was fitted for the pair."""
-    grouped_matmul: Coefficient
-    """The same for expert matmuls, over `matmul`."""
-    attention: Coefficient
-    """Over the kernel's published curve."""
-    memory: Coefficient
-    """Achieved memory bandwidth over the data sheet's, large tensors."""
-    communication: Coefficient | None = None
-    """Achieved rate of collectives over what the links' model or curves say; None: all of it."""
-    kernel_overhead: Seconds
-    """Least device time per kernel."""
-    overlap: Overlap
+    coefficients: dict[str, Coefficient] = Field(default_factory=dict)
+    """Terms of `planner.coefficients` that were measured, fitted or assumed for this stack; the others are as in that table."""
+    devices: dict[str, dict[str, Coefficient]] = Field(default_factory=dict)
+    """The same for single accelerators, which go before `coefficients`."""
+    fit: FitReport | None = None
+    """What the fitted ones were fitted to, and how well."""
     context: Bytes
     """Device memory of runtime, libraries and kernels."""
     collective_buffers: Bytes
@@ -141,6 +136,25 @@ class StackSpec(Spec):
     memory_interval: Spread
     measured: dict[str, DeviceCurves] = Field(default_factory=dict)
     """Accelerator id -> seconds measured op by op, which go before the rooflines; the coefficients above still divide them."""
+
+    @model_validator(mode="after")
+    def _known_terms(self) -> StackSpec:
+        for where, given in {"coefficients": self.coefficients, **{f"devices.{name}": each for name, each in self.devices.items()}}.items():
+            for name in given:
+                if name not in TERMS:
+                    near = ", ".join(nearest(name, TERMS)) or ", ".join(TERMS)
+                    raise ValueError(f"{where}.{name} is no coefficient of the time model; use one of: {near}")
+        return self
+
+    def coefficient(self, name: str, accelerator: str) -> Coefficient:
+        """A term of the time model on an accelerator: fitted for the pair, else for the stack, else as in `planner.coefficients`."""
+        term = TERMS[name]
+        known = self.devices.get(accelerator, {}).get(name) or self.coefficients.get(name)
+        return known or Coefficient(value=term.value, evidence="assumed", source=term.source)
+
+    def coefficients_on(self, accelerator: str) -> Coefficients:
+        """All terms on an accelerator."""
+        return Coefficients(**{name: self.coefficient(name, accelerator).value for name in TERMS})
 
     def accumulated_gradient_bytes(self, precision: str) -> float:
         """Of one accumulated gradient under a precision with a 2-byte compute format."""

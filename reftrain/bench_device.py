@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from planner.coefficients import TERMS
 from planner.curves import Curve, MatmulGrid
 from planner.errors import InputError
 from planner.files import DATA_DIR, parse_json, read_yaml, to_json, to_yaml, user_dir, write_text
@@ -213,12 +214,17 @@ def _write(name: str, measured: dict[int, dict[str, Any]]) -> tuple[Path, Path]:
     source = f"measured by reftrain bench-device on {today}"
     one_spread = {"evidence": "assumed", "source": "no runs on this machine were compared yet: planner calibrate RUN..."}
     one = {"value": 1.0, "evidence": "measured", "source": source}
+    # The curves were taken op by op in a running model: what the host does and what messages wait is in them.
+    rates = ("matmul", "attention", "memory", "optimizer", "scale_up")
+    inside = ("launch", "block_host", "tensor_parallel_host", "kernel_gap", "sync", "step_overhead", "contention", "straggling")
+    included = {"value": 0.0, "evidence": "measured", "source": f"in the curves {source}"}
+    shared = {"value": 0.0, "evidence": "assumed", "source": "processes share the cores that compute"}
+    serial = {term: shared for term in TERMS if term.endswith("_overlap")}
     stack |= {
         "name": name, "description": f"reftrain on this machine ({name})", "source": source, "date": today,
-        "matmul": one, "attention": one, "memory": one,
+        "coefficients": {**dict.fromkeys(rates, one), **dict.fromkeys(inside, included), **serial},
         "context": "1 B", "collective_buffers": "1 B", "allocator_slack_fraction": 0.0, "time_interval": {**one_spread, "low": 0.8, "high": 1.25},
         "memory_interval": {**one_spread, "low": 0.9, "high": 1.1},
-        "overlap": {axis: {"value": 0.0, "evidence": "assumed", "source": "processes share the cores that compute"} for axis in stack["overlap"]},
         "measured": {ids[count]: {"source": source, "date": today, "num_processes": count, **found["curves"]} for count, found in measured.items()},
     }  # fmt: skip
     write_text(stack_path, to_yaml(stack))

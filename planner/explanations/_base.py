@@ -15,7 +15,8 @@ from planner.plan import Plan, Request
 from planner.registry import unknown_name
 from planner.resolve import Job, resolve
 from planner.schedules import SCHEDULES, Schedule
-from planner.timing import AxisGroups, TimeBreakdown, estimate_time, make_axis_groups
+from planner.step_work import AxisGroups, StepWork, make_axis_groups, step_work
+from planner.timing import TimeBreakdown, time_step
 
 __all__ = ["Explanation", "Input", "Term", "Trace", "explained", "identifier", "look_up", "part_keys", "summed", "unit_of"]
 
@@ -70,6 +71,7 @@ class Trace:
     job: Job
     graph: StepGraph
     memory: MemoryBreakdown
+    work: StepWork
     time: TimeBreakdown
     groups: AxisGroups
 
@@ -87,8 +89,9 @@ class Trace:
         )
         names = part_keys([part.name for part in graph.parts])
         graph = replace(graph, parts=tuple(replace(part, name=name) for part, name in zip(graph.parts, names, strict=True)))
-        memory, time = estimate_memory(graph, job.stack, job.cluster), estimate_time(graph, job.cluster, job.efficiency)
-        return cls(request, plan, plan.to_dict(), job, graph, memory, time, make_axis_groups(graph, job.cluster))
+        memory, work = estimate_memory(graph, job.stack, job.cluster), step_work(graph, job.cluster, job.efficiency)
+        time = time_step(work, job.efficiency.coefficients)
+        return cls(request, plan, plan.to_dict(), job, graph, memory, work, time, make_axis_groups(graph, job.cluster))
 
     @property
     def schedule(self) -> Schedule:

@@ -106,7 +106,7 @@ def _constant(trace: Trace, key: str, what: str, stage: int) -> Explanation:
 def _runs(trace: Trace, what: str) -> np.ndarray[Any, Any]:
     """How often a device holds each part, [parts, pp]; activations of DualPipe's two slices share the microbatches."""
     if what == "activations":
-        return np.asarray(worked_runs(trace.graph))
+        return np.asarray(worked_runs(part_runs(trace.graph), trace.graph.layout.schedule))
     return np.asarray(trace.schedule.resident(part_runs(trace.graph)))
 
 

@@ -261,14 +261,7 @@ def explain_evidence(trace: Trace, key: str) -> Explanation:
     """A coefficient that the step time rests on."""
     entry = trace.plan.evidence[int(key.split(".")[1])]
     source = f"{entry.name}, {entry.evidence}: {entry.source}"
-    if entry.name != "matmul rate over dense peak":
-        return explained(key, entry.value, "coefficient", [Input("coefficient", entry.value, source)], source=source)
-    factor = trace.job.stack.matmul
-    inputs = [
-        Input("best_fraction", entry.value / factor.value if factor.value else 0.0, entry.source.split(";")[0]),
-        Input("stack_factor", factor.value, f"stack {trace.job.stack.name}, {factor.evidence}: {factor.source}"),
-    ]
-    return explained(key, entry.value, "best_fraction * stack_factor", inputs, source=source)
+    return explained(key, entry.value, "coefficient", [Input("coefficient", entry.value, source)], source=source)
 
 
 def explain_input(trace: Trace, key: str) -> Explanation:

@@ -8,37 +8,37 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.collectives import pace
 from planner.explanations._base import Explanation, Input, Trace, explained, look_up, summed
 from planner.explanations.kernels import explain_kernel
 from planner.explanations.model import describe_op
+from planner.explanations.wires import coefficient, explain_collective, exposed_formula, on_the_wire
 from planner.graph import Part, part_runs
 from planner.op_cost import OpCost
-from planner.timing import (
-    GroupTransfer,
-    PartTimes,
-    TimeBreakdown,
-    data_parallel_s,
+from planner.step_work import (
+    AXES,
+    PartWork,
     data_parallel_transfers,
-    exposed_data_parallel,
-    exposed_fsdp,
     fsdp_transfers,
     group_transfer,
     optimizer_bytes,
-    part_times,
+    part_work,
     repeated_ops,
-    worked_runs,
+    wire,
 )
+from planner.timing import NAMES_OF_KINDS, PartTimes, TimeBreakdown, data_parallel_s, exposed_data_parallel, exposed_fsdp, part_times, worked_runs
 
 __all__ = ["explain_time"]
 
-_AXES = {"tensor_parallel": "tp", "expert_parallel": "ep", "context_parallel": "cp"}
+_AXES = {name: axis for axis, name in AXES.items()}
+_KIND_OF_NAME = {name: kind for kind, name in NAMES_OF_KINDS.items()}
 _PASSES = ("forward", "backward_input", "backward_weight")
 _SOURCES = {
     "matmul": "each matmul at the slower of compute and memory (roofline), with its shape's efficiency",
     "grouped_matmul": "experts' matmuls at the slower of compute and memory (roofline)",
     "attention": "attention kernels at their published share of peak",
-    "memory_bound": "kernels that only move bytes, at the achieved memory bandwidth",
+    "memory_bound": "kernels that move bytes for longer than they compute, at the achieved memory bandwidth",
+    "kernel_gaps": "device time between kernels, or their measured host time",
+    "host": "passes that the host takes longer to launch than the device to run",
     "recompute": "arXiv:2205.05198 section 5: forward work done again in the backward pass, its communication included",
     "tensor_parallel": "arXiv:1909.08053, 2205.05198: collectives of each layer, less what overlaps",
     "context_parallel": "arXiv:2310.01889: ring attention, less what hides behind the kernel",
@@ -57,7 +57,10 @@ def explain_time(trace: Trace, key: str) -> Explanation:
     if section.startswith("stage_"):
         return _stage(trace, key, section, int(rest[0]))
     what, path = rest[0], ".".join(rest[1:])
-    special = {"pipeline_transfer_and_bubble": _bubble, "data_parallel": _data_parallel, "optimizer": _optimizer}
+    special = {
+        "pipeline_transfer_and_bubble": _bubble, "data_parallel": _data_parallel, "optimizer": _optimizer, "stragglers": _stragglers,
+        "step_overhead": _step_overhead,
+    }  # fmt: skip
     if what in special:
         return special[what](trace, key, path)
     return _worked(trace, key, what, path)
@@ -68,26 +71,32 @@ class _Work:
     """Seconds per run of a part on the slowest stage, and how often it runs in a step."""
 
     part: Part
+    work: PartWork
     times: PartTimes
     fsdp: tuple[float, float]
     num_runs: float
 
 
 def _work(trace: Trace, index: int) -> _Work:
-    part, efficiency, cluster = trace.graph.parts[index], trace.job.efficiency, trace.job.cluster
-    times = part_times(trace.graph, part, trace.groups, cluster, efficiency)
-    gather, scatter = exposed_fsdp(trace.graph, part, times, trace.groups, cluster, efficiency)
-    runs = float(worked_runs(trace.graph)[index][int(trace.time.slowest_stage)])
-    return _Work(part, times, (float(gather), float(scatter)), runs)
+    part, c = trace.graph.parts[index], trace.job.efficiency.coefficients
+    work = part_work(trace.graph, part, trace.groups, trace.job.cluster, trace.job.efficiency)
+    times = part_times(work, c, trace.graph.precision.name)
+    gather, scatter = exposed_fsdp(work, times, c)
+    runs = float(worked_runs(trace.work.runs, trace.work.schedule)[index][int(trace.time.slowest_stage)])
+    return _Work(part, work, times, (float(gather), float(scatter)), runs)
 
 
 def _of_kind(times: PartTimes, what: str) -> float:
-    kind = "memory" if what == "memory_bound" else what
+    kind = _KIND_OF_NAME.get(what, what)
     return float(sum(table.get(kind, 0.0) for table in (times.forward, times.backward_input, times.backward_weight)))
 
 
+def _op_work(trace: Trace, part: Part, cost: OpCost) -> PartWork:
+    return part_work(trace.graph, replace(part, costs=(cost,)), trace.groups, trace.job.cluster, trace.job.efficiency)
+
+
 def _op_times(trace: Trace, part: Part, cost: OpCost) -> PartTimes:
-    return part_times(trace.graph, replace(part, costs=(cost,)), trace.groups, trace.job.cluster, trace.job.efficiency)
+    return part_times(_op_work(trace, part, cost), trace.job.efficiency.coefficients, trace.graph.precision.name)
 
 
 def _op_seconds(trace: Trace, part: Part, what: str) -> dict[str, float]:
@@ -95,7 +104,7 @@ def _op_seconds(trace: Trace, part: Part, what: str) -> dict[str, float]:
     if what == "recompute":
         repeated = repeated_ops(trace.graph, part, trace.job.stack)
         again = zip(part.costs, repeated, strict=True)
-        return {c.op.name: float(sum(_op_times(trace, part, c).forward.values())) if is_repeated else 0.0 for c, is_repeated in again}
+        return {c.op.name: float(_op_times(trace, part, c).recompute) if is_repeated else 0.0 for c, is_repeated in again}
     return {cost.op.name: _of_kind(_op_times(trace, part, cost), what) for cost in part.costs}
 
 
@@ -108,8 +117,8 @@ def _worked(trace: Trace, key: str, what: str, path: str) -> Explanation:
         seconds: Callable[[_Work], float] = whole.get(what, lambda w: _of_kind(w.times, what))
         terms = {w.part.name: w.num_runs * num_microbatches * seconds(w) for w in works}
         return summed(key, trace.at(key), terms, {name: f"{key}.{name}" for name in terms}, _SOURCES[what])
-    if what == "fsdp":
-        return _fsdp(trace, key, path)
+    if what in ("fsdp", "host"):
+        return _fsdp(trace, key, path) if what == "fsdp" else _host(trace, key, path)
     index, part, cost, left = trace.locate(key, path)
     work = _work(trace, index)
     scale = work.num_runs * num_microbatches
@@ -134,7 +143,7 @@ def _counts(trace: Trace, work: _Work) -> list[Input]:
 def _op(trace: Trace, key: str, what: str, part: Part, cost: OpCost, counts: Sequence[Input]) -> Explanation:
     """One op or its communication: passes times count."""
     times = _op_times(trace, part, cost)
-    kind = "memory" if what == "memory_bound" else what
+    kind = _KIND_OF_NAME.get(what, what)
     tables = dict(zip(_PASSES, (times.forward, times.backward_input, times.backward_weight), strict=True))
     seconds = {name: float(table.get(kind, 0.0)) for name, table in tables.items() if kind in table}
     if what in _AXES:
@@ -151,62 +160,29 @@ def _pass(trace: Trace, key: str, what: str, part: Part, cost: OpCost, left: str
     """One run of an op: `.forward`; for communication also `.forward.all_gather`."""
     if what not in _AXES:
         name, _ = look_up(key, left, _PASSES)
-        if what == "memory_bound" and cost.op.kind != "memory":
+        if what == "memory_bound" and trace.job.efficiency.curves is not None:
             times = _op_times(trace, part, cost)
-            seconds = (times.forward if name == "forward" else times.backward_input).get("memory", 0.0)
-            origin = "casts of the weight, casts and sums of its gradient: curves of the stack"
-            return explained(key, float(seconds), "measured_s", [Input("measured_s", float(seconds), origin)], source=origin)
-        return explain_kernel(trace, key, cost, name)
+            seconds = float(getattr(times, name).get("memory", 0.0))
+            origin = "curves of the stack at these bytes; casts of the weight, casts and sums of its gradient included"
+            return explained(key, seconds, "measured_s", [Input("measured_s", seconds, origin)], source=origin)
+        return explain_kernel(trace, key, cost, name, _KIND_OF_NAME.get(what, what))
     phase, collective = look_up(key, left, ("forward", "backward"))
     transfers = [t for t in cost.transfers if t.axis == _AXES[what] and t.phase == phase]
     moved = [group_transfer(t, trace.groups) for t in transfers]
     if collective:
-        return _collective(trace, key, collective, moved)
+        return explain_collective(trace, key, collective, moved)
     times = _op_times(trace, part, cost)
     value = (times.forward if phase == "forward" else times.backward_input).get(what, 0.0)
-    overlap = getattr(trace.job.stack.overlap, what)
-    fraction = Input("overlap_fraction", overlap.value, f"{overlap.evidence}: {overlap.source}")
-    full = {t.collective: float(t.seconds(trace.job.cluster)) for t in moved}
-    inputs = [Input(f"{name}_s", s, f"explain {key}.{name}") for name, s in full.items()]
-    whole = " + ".join(i.name for i in inputs) or "0"
-    children = [f"{key}.{name}" for name, s in full.items() if s]
+    overlap = coefficient(trace, f"{what}_overlap", "overlap")
+    whole, inputs = on_the_wire(trace, wire(moved, trace.job.cluster))
+    children = [f"{key}.{t.collective}" for t in moved if float(t.seconds(trace.job.cluster))]
     if what != "context_parallel":
-        return explained(key, value, f"({whole}) * (1 - overlap_fraction)", [*inputs, fraction], children=children, source=_SOURCES[what])
+        return explained(key, value, f"({whole}) * (1 - overlap)", [*inputs, overlap], children=children, source=_SOURCES[what])
     kernel = (times.forward if phase == "forward" else times.backward_input).get(cost.op.kind, 0.0)
     kernel_key = key.replace("context_parallel", "attention").replace(".backward", ".backward_input")
-    inputs += [fraction, Input("kernel_s", float(kernel), f"explain {kernel_key}")]
-    formula = f"max(({whole}) - kernel_s * overlap_fraction, ({whole}) * (1 - overlap_fraction))"
+    inputs += [overlap, Input("kernel_s", float(kernel), f"explain {kernel_key}")]
+    formula = f"max(({whole}) - kernel_s * overlap, ({whole}) * (1 - overlap))"
     return explained(key, value, formula, inputs, children=children, source=_SOURCES[what])
-
-
-def _collective(trace: Trace, key: str, name: str, transfers: Sequence[GroupTransfer]) -> Explanation:
-    """One collective: bytes over bandwidth, and latency."""
-    named = {t.collective: t for t in transfers} | {f"{t.axis}_{t.collective}": t for t in transfers}
-    found = named[look_up(key, name, list(named))[0]]
-    cluster, group = trace.job.cluster, found.group
-    cost = pace(found.collective, found.num_bytes / found.num_calls, group, cluster)
-    value = float(found.seconds(cluster))
-    size, domains = float(group.size), float(group.num_domains)
-    ranks = f"{size:g} ranks of axis {found.axis}, {float(group.per_domain):g} per scale-up domain"
-    link = cluster.scale_up if domains <= 1 or cluster.scale_out is None else cluster.scale_out
-    num_bytes = float(found.num_bytes) / found.num_calls
-    inputs = [
-        Input("num_calls", float(found.num_calls), "equal messages, one after the other"),
-        Input("num_bytes", num_bytes, f"{found.collective}: the full buffer of one per device"),
-    ]
-    curve = link.curves.get(f"{found.collective}/{size:g}") if domains <= 1 else None
-    if curve is not None:
-        inputs.append(Input("curve_s", float(curve.at(num_bytes)), f"{ranks}: measured at num_bytes, {link.source}"))
-    else:
-        inputs += [
-            Input("traffic_ratio", float(cost.traffic_ratio), f"{found.collective} over {ranks}"),
-            Input("bytes_per_s", float(cost.bytes_per_s), f"{link.name}, bus bandwidth: {link.source}"),
-            Input("latency_s", float(cost.latency_s), f"{ranks}"),
-        ]
-    inputs.append(Input("achieved_fraction", cluster.communication_fraction, "the stack's coefficient of communication"))
-    each = "num_bytes * traffic_ratio / bytes_per_s + latency_s" if curve is None else "curve_s"
-    formula = f"num_calls * ({each}) / achieved_fraction" if value else "0"
-    return explained(key, value, formula, inputs, source="planner/collectives.py pace: NVIDIA/nccl-tests doc/PERFORMANCE.md @a0b82b2")
 
 
 def _fsdp(trace: Trace, key: str, path: str) -> Explanation:
@@ -215,27 +191,76 @@ def _fsdp(trace: Trace, key: str, path: str) -> Explanation:
     name, collective = look_up(key, path, names)
     work = _work(trace, names.index(name))
     gathers, scatters = fsdp_transfers(trace.graph, work.part, trace.groups, trace.job.efficiency)
-    cluster, overlap = trace.job.cluster, trace.job.stack.overlap.fsdp
+    cluster, c = trace.job.cluster, trace.job.efficiency.coefficients
     if collective:
-        return _collective(trace, key, collective, [*gathers, *scatters])
-    forward_s = float(sum(work.times.forward.values()))
-    backward_s = float(sum(work.times.backward_input.values()) + sum(work.times.backward_weight.values()) + work.times.recompute)
+        return explain_collective(trace, key, collective, [*gathers, *scatters])
     inputs = [
         *_counts(trace, work),
-        Input("gather_s", float(sum(t.seconds(cluster) for t in gathers)), f"explain {key}.all_gather"),
-        Input("scatter_s", float(sum(t.seconds(cluster) for t in scatters)), f"explain {key}.reduce_scatter"),
-        Input("forward_s", forward_s, f"{name}, one run"),
-        Input("backward_s", backward_s, f"{name}, one run, recompute included"),
-        Input("overlap_fraction", overlap.value, f"{overlap.evidence}: {overlap.source}"),
+        Input("gather_s", float(work.work.fsdp_gather.seconds(c)), "all-gathers of weights under the stack"),
+        Input("return_s", float((work.work.fsdp_gather + work.work.fsdp_scatter).seconds(c)), "the same and reduce-scatters of gradients"),
+        Input("forward_s", float(work.times.forward_s), f"{name}, one run"),
+        Input("backward_s", float(work.times.backward_s), f"{name}, one run, recompute included"),
+        coefficient(trace, "fsdp_overlap", "overlap"),
+        coefficient(trace, "contention"),
     ]
-    formula = (
-        "num_runs * num_microbatches * (max(gather_s - forward_s * overlap_fraction, gather_s * (1 - overlap_fraction))"
-        " + max(gather_s + scatter_s - backward_s * overlap_fraction, (gather_s + scatter_s) * (1 - overlap_fraction)))"
-    )
+    formula = f"num_runs * num_microbatches * ({exposed_formula('gather_s', 'forward_s')} + {exposed_formula('return_s', 'backward_s')})"
     scale = work.num_runs * float(trace.graph.num_microbatches)
     terms = {"forward": scale * work.fsdp[0], "backward": scale * work.fsdp[1]}
     children = [f"{key}.{t.axis}_{t.collective}" for t in (*gathers, *scatters) if float(t.seconds(cluster))]
     return explained(key, scale * sum(work.fsdp), formula, inputs, terms=terms, children=children, source=_SOURCES["fsdp"])
+
+
+def _host(trace: Trace, key: str, path: str) -> Explanation:
+    """What the host takes longer than the device, of one part."""
+    names = [part.name for part in trace.graph.parts]
+    work = _work(trace, names.index(look_up(key, path, names)[0]))
+    times, own = work.times, work.work
+    launches = [own.forward, own.backward_input, own.backward_weight, own.recompute]
+    kernels = [float(w.get("kernels", 0.0)) for w in launches]
+    waits = {"forward": float(times.forward["host"]), "backward": float(times.backward_input["host"])}
+    inputs = [
+        *_counts(trace, work),
+        Input("forward_kernels", kernels[0], "launches of the forward pass"),
+        Input("backward_kernels", sum(kernels[1:]), "launches of the backward pass, of work done again too"),
+        Input(
+            "code_s",
+            float(times.forward_host_s) - kernels[0] * trace.job.efficiency.coefficients.launch,
+            "block_host, and tensor_parallel_host where tp > 1",
+        ),
+        Input("code_passes", 1.0 + (kernels[3] > 0), "passes of the block's code on the way back"),
+        coefficient(trace, "launch"),
+        Input("forward_s", float(times.forward_s) - waits["forward"], "the device's forward pass"),
+        Input("backward_s", float(times.backward_s) - waits["backward"], "the device's backward pass"),
+    ]
+    formula = (
+        "num_runs * num_microbatches * (max(forward_kernels * launch + code_s - forward_s, 0)"
+        " + max(backward_kernels * launch + code_passes * code_s - backward_s, 0))"
+    )
+    scale = work.num_runs * float(trace.graph.num_microbatches)
+    terms = {name: scale * seconds for name, seconds in waits.items()}
+    return explained(key, sum(terms.values()), formula, inputs, terms=terms, source=_SOURCES["host"])
+
+
+def _stragglers(trace: Trace, key: str, path: str) -> Explanation:
+    """Time lost to the slowest node."""
+    if path:
+        look_up(key, path, [])
+    others = [name for name in TimeBreakdown.PARTS if name not in ("stragglers", "optimizer", "step_overhead")]
+    worked = sum(trace.at(f"time.breakdown_s.{name}") for name in others)
+    inputs = [
+        Input("worked_s", worked, "all parts of the step but optimizer and step overhead"),
+        coefficient(trace, "straggling"),
+        Input("doublings", float(np.log2(trace.work.num_nodes)), f"log2 of {float(trace.work.num_nodes):g} nodes"),
+    ]
+    return explained(key, trace.at(key), "worked_s * straggling * doublings", inputs, source="planner/coefficients.py straggling")
+
+
+def _step_overhead(trace: Trace, key: str, path: str) -> Explanation:
+    """What a step costs beside model and optimizer."""
+    if path:
+        look_up(key, path, [])
+    inputs = [coefficient(trace, "step_overhead"), Input("measured_s", float(trace.work.step_overhead_s), "measured beside the ops, where ops were")]
+    return explained(key, trace.at(key), "step_overhead + measured_s", inputs, source="planner/coefficients.py step_overhead")
 
 
 def _stage(trace: Trace, key: str, section: str, stage: int) -> Explanation:
@@ -243,8 +268,7 @@ def _stage(trace: Trace, key: str, section: str, stage: int) -> Explanation:
     runs, terms = part_runs(trace.graph), {}
     for i, part in enumerate(trace.graph.parts):
         work = _work(trace, i)
-        backward = sum(work.times.backward_input.values()) + sum(work.times.backward_weight.values()) + work.times.recompute + work.fsdp[1]
-        seconds = sum(work.times.forward.values()) + work.fsdp[0] if section == "stage_forward_s" else backward
+        seconds = work.times.forward_s + work.fsdp[0] if section == "stage_forward_s" else work.times.backward_s + work.fsdp[1]
         terms[f"{part.name} x {runs[i][stage]:g}"] = float(runs[i][stage] * seconds)
     return summed(key, trace.at(key), terms, {}, "runs on this stage times the seconds of one: compute and exposed communication")
 
@@ -274,24 +298,21 @@ def _bubble(trace: Trace, key: str, path: str) -> Explanation:
 
 def _data_parallel(trace: Trace, key: str, path: str) -> Explanation:
     """Once per step: gradient sums behind the last backward pass, weight gathers behind the first forward pass."""
-    graph, time, cluster, efficiency = trace.graph, trace.time, trace.job.cluster, trace.job.efficiency
-    exposed = exposed_data_parallel(graph, trace.groups, cluster, efficiency, time.stage_backward_s, time.stage_forward_s)
+    time, c = trace.time, trace.job.efficiency.coefficients
+    exposed = exposed_data_parallel(trace.work, c, time.stage_backward_s, time.stage_forward_s)
     stage = int(np.argmax(exposed, axis=-1))
     if path:
         return _data_parallel_part(trace, key, path, stage)
-    reduce_s, gather_s = (float(np.broadcast_to(s, exposed.shape)[stage]) for s in data_parallel_s(graph, trace.groups, cluster, efficiency))
-    overlap = trace.job.stack.overlap.data_parallel
+    reduce_s, gather_s = (float(np.broadcast_to(s, exposed.shape)[stage]) for s in data_parallel_s(trace.work, c))
     inputs = [
         Input("reduce_s", reduce_s, f"explain {key}.reduce"),
         Input("gather_s", gather_s, f"explain {key}.gather"),
         trace.input("backward_s", f"time.stage_backward_s.{stage}"),
         trace.input("forward_s", f"time.stage_forward_s.{stage}"),
-        Input("overlap_fraction", overlap.value, f"{overlap.evidence}: {overlap.source}"),
+        coefficient(trace, "data_parallel_overlap", "overlap"),
+        coefficient(trace, "contention"),
     ]
-    formula = (
-        "max(reduce_s - overlap_fraction * backward_s, reduce_s * (1 - overlap_fraction))"
-        " + max(gather_s - overlap_fraction * forward_s, gather_s * (1 - overlap_fraction))"
-    )
+    formula = f"{exposed_formula('reduce_s', 'backward_s')} + {exposed_formula('gather_s', 'forward_s')}"
     source = f"on stage {stage}, where most is exposed; arXiv:1910.02054 section 7"
     children = [f"{key}.{name}" for name, s in (("reduce", reduce_s), ("gather", gather_s)) if s]
     return explained(key, trace.at(key), formula, inputs, children=children, source=source)
@@ -299,7 +320,7 @@ def _data_parallel(trace: Trace, key: str, path: str) -> Explanation:
 
 def _data_parallel_part(trace: Trace, key: str, path: str, stage: int) -> Explanation:
     """data_parallel.reduce, .reduce.block, .reduce.block.fsdp_reduce_scatter."""
-    graph, cluster = trace.graph, trace.job.cluster
+    graph, cluster, c = trace.graph, trace.job.cluster, trace.job.efficiency.coefficients
     direction, rest = look_up(key, path, ("reduce", "gather"))
     runs = part_runs(graph)
     found = {
@@ -308,17 +329,18 @@ def _data_parallel_part(trace: Trace, key: str, path: str, stage: int) -> Explan
     }
     source = f"{direction} of stage {stage}, in full, without overlap"
     if not rest:
-        terms = {name: count * float(sum(t.seconds(cluster) for t in transfers)) for name, (count, transfers) in found.items()}
+        terms = {name: count * float(wire(transfers, cluster).seconds(c)) for name, (count, transfers) in found.items()}
         return summed(key, sum(terms.values()), terms, {name: f"{key}.{name}" for name in terms}, source)
     name, collective = look_up(key, rest, list(found))
     count, transfers = found[name]
     if collective:
-        return _collective(trace, key, collective, transfers)
-    seconds = {f"{t.axis}_{t.collective}": float(t.seconds(cluster)) for t in transfers}
-    inputs = [Input("num_runs", count, f"{name} on stage {stage}"), *(Input(f"{n}_s", s, f"explain {key}.{n}") for n, s in seconds.items())]
-    formula = f"num_runs * ({' + '.join(f'{n}_s' for n in seconds)})"
-    terms = {n: count * s for n, s in seconds.items()}
-    return explained(key, sum(terms.values()), formula, inputs, terms=terms, children=[f"{key}.{n}" for n, s in seconds.items() if s], source=source)
+        return explain_collective(trace, key, collective, transfers)
+    whole, inputs = on_the_wire(trace, wire(transfers, cluster))
+    children = [f"{key}.{t.axis}_{t.collective}" for t in transfers if float(t.seconds(cluster))]
+    value = count * float(wire(transfers, cluster).seconds(c))
+    return explained(
+        key, value, f"num_runs * ({whole})", [Input("num_runs", count, f"{name} on stage {stage}"), *inputs], children=children, source=source
+    )
 
 
 def _optimizer(trace: Trace, key: str, path: str) -> Explanation:
@@ -326,12 +348,15 @@ def _optimizer(trace: Trace, key: str, path: str) -> Explanation:
     graph, efficiency = trace.graph, trace.job.efficiency
     moved = optimizer_bytes(graph)
     stage = int(np.argmax(moved, axis=-1))
-    bandwidth = efficiency.accelerator.memory_bandwidth_bytes_per_s * efficiency.stack.memory.value
-    achieved = efficiency.stack.memory
-    origin = f"{efficiency.accelerator.id} memory bandwidth times {achieved.value} ({achieved.source})"
+    c = efficiency.coefficients
+    bandwidth = efficiency.accelerator.memory_bandwidth_bytes_per_s * c.memory / c.optimizer
+    memory, update = coefficient(trace, "memory"), coefficient(trace, "optimizer")
+    origin = (
+        f"{efficiency.accelerator.id} memory bandwidth times memory {memory.value} ({memory.source}) over optimizer {update.value} ({update.source})"
+    )
     if efficiency.curves is not None:
         bandwidth = float(np.atleast_1d(moved)[..., stage]) / trace.at("time.breakdown_s.optimizer")
-        origin = f"this many bytes over their curve, the rest of a step's work included: {efficiency.curves.source}"
+        origin = f"this many bytes over their curve: {efficiency.curves.source}"
     device = Input("bytes_per_s", bandwidth, origin)
     if path:
         index, part, cost, _ = trace.locate(key, path)

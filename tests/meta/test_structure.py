@@ -16,20 +16,20 @@ import planner
 ROOT = Path(planner.__file__).parent
 LEVELS: dict[str, int] = {
     **dict.fromkeys(("units", "errors", "registry", "files", "spec", "catalog_files"), 0),
-    **dict.fromkeys(("precision", "optimizers", "model_spec", "workload", "layout", "curves", "hardware"), 1),
+    **dict.fromkeys(("precision", "optimizers", "model_spec", "workload", "layout", "curves", "hardware", "coefficients"), 1),
     **dict.fromkeys(("op_cost", "attention_op", "collective_op", "loss_op", "ops", "collectives", "layout_rules"), 2),
     "architectures": 3,
     "run_files": 1,
     "stack": 2,
     "efficiency": 3,  # it prices an OpCost
     **dict.fromkeys(("schedules", "graph"), 4),
-    **dict.fromkeys(("states", "sharding", "backward", "framework_buffers", "stage_memory", "memory", "timing"), 5),
+    **dict.fromkeys(("states", "sharding", "backward", "framework_buffers", "stage_memory", "memory", "step_work", "timing"), 5),
     **dict.fromkeys(("economics", "scaling_laws"), 6),
     **dict.fromkeys(("plan", "resolve", "pricing", "layout_space", "assemble"), 7),
     "estimate": 8,
     **dict.fromkeys(("listing", "explain", "explanations", "compare", "peaks", "remedies", "validation", "calibration", "measurements", "report"), 9),
-    **dict.fromkeys(("exporters", "importers"), 9),
-    **dict.fromkeys(("cli", "cli_export", "__main__"), 10),
+    **dict.fromkeys(("exporters", "importers", "fitting", "cases"), 9),
+    **dict.fromkeys(("cli", "cli_export", "cli_calibrate", "__main__"), 10),
 }  # fmt: skip
 """What a file may import: its own level and below. A new file needs a place in this list."""
 BANNED = {"torch", "streamlit", "requests", "httpx", "urllib", "socket", "http", "ftplib", "pickle", "reftrain", "transformers"}

@@ -139,7 +139,8 @@ def test_links_measured_by_size_of_message_are_explained(tmp_path: Path, monkeyp
     device["scale_up"] = device["scale_up"] | {"curves": curves}
     (tmp_path / "catalog.yaml").write_text(to_yaml({"accelerators": {"mine": device}}))
     monkeypatch.setenv("LLM_PLANNER_HOME", str(tmp_path))
-    slower = {"communication": {"value": 0.8, "evidence": "assumed", "source": "made up for this test"}}
+    made_up = {"evidence": "assumed", "source": "made up for this test"}
+    slower = {"coefficients": {"scale_up": {"value": 0.8, **made_up}, "sync": {"value": 2e-5, **made_up}}}
     stack = tmp_path / "slower.yaml"
     stack.write_text(to_yaml(read_yaml(DATA_DIR / "stacks" / "reftrain.yaml") | slower))
     request = _request(LLAMA, "mine", 2, {"tp": 2, "micro_batch_size": 1}, seq_len=1024) | {"stack": str(stack)}
@@ -147,7 +148,9 @@ def test_links_measured_by_size_of_message_are_explained(tmp_path: Path, monkeyp
     test_every_number_is_explained(trace)
     test_every_child_is_explained(trace)
     loss = explain_in(trace, "time.breakdown_s.tensor_parallel.head.loss.forward.all_gather")
-    assert loss.value == pytest.approx(4 * curves_at(2 * 12.0 * 256) / 0.8)
+    assert loss.value == pytest.approx(4 * curves_at(2 * 12.0 * 256))
+    whole = explain_in(trace, "time.breakdown_s.tensor_parallel.head.loss.forward")
+    assert whole.value == pytest.approx((loss.value / 0.8 + 4 * 2e-5) * 0.9), "four calls wait once each; a tenth overlaps"
 
 
 def curves_at(num_bytes: float) -> float:
@@ -227,4 +230,4 @@ def test_matmul_goes_down_to_its_roofline() -> None:
     values = {i.name: i.value for i in found.inputs}
     assert values["flops"] == 2 * 4096 * 4096 * 14336 / 8
     assert values["peak_flops_per_s"] == pytest.approx(989.4e12, rel=0.01)
-    assert "peak_flops_per_s * matmul_fraction * shape_fraction" in found.formula
+    assert "peak_flops_per_s * best_fraction * shape_fraction" in found.formula
