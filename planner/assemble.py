@@ -16,11 +16,15 @@ from planner.memory import MemoryBreakdown
 from planner.plan import Cost, Evidence, Flops, Interval, Loss, Memory, Params, Plan, Request, StageMemory, Time, Violation, spec_to_plain
 from planner.resolve import Job
 from planner.scaling_laws import predict_loss
-from planner.stack import Coefficient
+from planner.stack import Coefficient, Spread
 from planner.step_work import repeated_ops
 from planner.timing import TimeBreakdown
 
-__all__ = ["assemble_plan", "counted_flops_per_token", "hardware_flops_per_token", "repeated_flops"]
+QUANTILE_90 = 1.2816
+"""Standard deviations to the 90th percentile: an 80% interval on either side."""
+NUM_NEIGHBOURS = 5
+
+__all__ = ["assemble_plan", "counted_flops_per_token", "hardware_flops_per_token", "repeated_flops", "time_interval"]
 
 
 def assemble_plan(
@@ -46,10 +50,10 @@ def assemble_plan(
         memory=memory_report,
         time=_time(job, graph, time, cost, flops),
         loss=loss,
-        cost=_cost(job, cost, goodput),
+        cost=_cost(job, time, cost, goodput),
         violations=_violations(memory_report),
-        assumptions=(*job.assumptions, *why, *_standing_assumptions(job, goodput), *loss_notes),
-        evidence=_evidence(job),
+        assumptions=(*job.assumptions, *why, *_standing_assumptions(job, time, goodput), *loss_notes),
+        evidence=_evidence(job, graph),
         provenance=_provenance(job),
     )
 
@@ -67,6 +71,8 @@ def _inputs(request: Request, job: Job, layout: Layout) -> dict[str, Any]:
     }
     if request.catalog is not None:
         inputs["catalog"] = request.catalog
+    if request.software_year is not None:
+        inputs["software_year"] = request.software_year
     if request.training is not None:
         inputs["training"] = request.training
     return inputs
@@ -125,7 +131,7 @@ def _memory(job: Job, memory: MemoryBreakdown) -> Memory:
 
 def _time(job: Job, graph: StepGraph, time: TimeBreakdown, cost: CostBreakdown, flops: Flops) -> Time:
     step_s = float(time.step_s)
-    interval = Interval.around(step_s, job.stack.time_interval)
+    interval = Interval.around(step_s, time_interval(job, time))
     tokens_per_s = job.global_batch_size * job.seq_len / step_s
     per_device = tokens_per_s / job.cluster.num_devices
     peak = job.efficiency.peak_flops_per_s(job.precision.matmul_rate)
@@ -151,6 +157,15 @@ def _time(job: Job, graph: StepGraph, time: TimeBreakdown, cost: CostBreakdown, 
     )
 
 
+def time_interval(job: Job, time: TimeBreakdown) -> Spread:
+    """The 80% interval of the step time: from measured runs near to the plan, else from the stack's file."""
+    if time.spread is None:
+        return job.stack.time_interval
+    reach = math.exp(QUANTILE_90 * float(time.spread))
+    source = "scatter of measured runs of this stack around the model, wider the farther the nearest of them are: docs/validation.md"
+    return Spread(low=1 / reach, high=reach, evidence="fitted", source=source)
+
+
 def _loss(job: Job, params: Params) -> tuple[Loss | None, list[str]]:
     if job.workload.job != "pretrain" or not job.model.is_causal:
         return None, ["loss: no law for fine-tuning or masked language models"]
@@ -165,9 +180,9 @@ def _loss(job: Job, params: Params) -> tuple[Loss | None, list[str]]:
     return Loss(Interval(found.value, found.low, found.high), Interval(*found.perplexity), f"{found.law.name} ({found.law.source})"), notes
 
 
-def _cost(job: Job, cost: CostBreakdown, goodput: Goodput) -> Cost:
+def _cost(job: Job, time: TimeBreakdown, cost: CostBreakdown, goodput: Goodput) -> Cost:
     offer = job.cluster.offer
-    usd = None if cost.usd is None else Interval.around(cost.usd, job.stack.time_interval)
+    usd = None if cost.usd is None else Interval.around(cost.usd, time_interval(job, time))
     price: dict[str, Any] | None = None
     breakdown: dict[str, float] = {}
     if cost.usd is not None and cost.idle_device_usd is not None and cost.lost_time_usd is not None:
@@ -201,13 +216,13 @@ def _violations(memory: Memory) -> tuple[Violation, ...]:
     return tuple(Violation("memory", s.stage, s.total_bytes, memory.usable_bytes) for s in memory.stages if s.total_bytes > memory.usable_bytes)
 
 
-def _standing_assumptions(job: Job, goodput: Goodput) -> list[str]:
+def _standing_assumptions(job: Job, time: TimeBreakdown, goodput: Goodput) -> list[str]:
     """What every plan of this kind rests on."""
-    spreads = {"step time": job.stack.time_interval, "memory": job.stack.memory_interval}
+    spreads = {"step time": time_interval(job, time), "memory": job.stack.memory_interval}
     notes = [
         f"goodput {goodput.fraction:.3f}: 4 failures per 1000 node-days, 10 min to restart, 30 s stall per checkpoint",
         "energy: boards at 80% of rated power, 240 W per device for the host, PUE 1.15, 475 g CO2e/kWh (world average)",
-        *(f"interval of {name}: x{s.low:g} to x{s.high:g}, {s.evidence} ({s.source})" for name, s in spreads.items()),
+        *(f"interval of {name}: x{s.low:.3g} to x{s.high:.3g}, {s.evidence} ({s.source})" for name, s in spreads.items()),
     ]
     if job.cluster.accelerator.power_watts is None:
         notes.append(f"energy counts the hosts only: the board power of {job.cluster.accelerator.id} is not published")
@@ -218,10 +233,18 @@ def _standing_assumptions(job: Job, goodput: Goodput) -> list[str]:
     return notes
 
 
-def _evidence(job: Job) -> tuple[Evidence, ...]:
-    """The coefficients that the step time rests on."""
+def _evidence(job: Job, graph: StepGraph) -> tuple[Evidence, ...]:
+    """What the step time rests on: the published runs nearest to it and how far off they were, then the coefficients."""
     accelerator = job.cluster.accelerator.id
-    found = [Evidence("best matmul alone over dense peak", *_told(job.efficiency.best_matmul))]
+    nearest = [] if job.nearby is None else job.nearby.nearest(graph, job.cluster, NUM_NEIGHBOURS, job.software_year)
+    found = [
+        Evidence(
+            f"published run: {run.model} on {run.num_devices} {run.accelerator}, predicted over measured step time less 1",
+            run.left_out_error_fraction, "measured", f"{run.source}, row {run.id}; {run.distance:.1f} away; predicted by a fit without it",
+        )
+        for run in nearest
+    ]  # fmt: skip
+    found.append(Evidence("best matmul alone over dense peak", *_told(job.efficiency.best_matmul)))
     for name, term in TERMS.items():
         if name.endswith("_matmul") and name not in ("grouped_matmul", f"{job.precision.name}_matmul"):
             continue

@@ -6,7 +6,7 @@ In: a request and its measured seconds. Out: a `Measured`: the job and the graph
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from planner.files import to_json
 from planner.graph import StepGraph, build_step_graph
 from planner.layout_rules import check_layout
 from planner.layout_space import complete_layout
-from planner.measurements import Measurement, to_request
+from planner.measured_requests import to_request
+from planner.measurements import Measurement
 from planner.plan import Request, build_request
 from planner.resolve import Job, resolve
 from planner.run_files import read_plan, read_summary
@@ -24,6 +25,10 @@ from planner.step_work import StepWork, step_work
 from planner.validation import measured_step_s
 
 __all__ = ["Measured", "measure_request", "read_row", "read_run"]
+
+
+INCONSISTENT_WEIGHT = 0.05
+"""Of a row whose published figures disagree with each other."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,9 @@ class Measured:
     group: Hashable
     """Steps of one group tell of each other."""
     weight_factor: float = 1.0
+    source: str = ""
+    model: str = ""
+    """Its name where it was published."""
 
 
 def measure_request(
@@ -101,4 +109,7 @@ def read_row(row: Measurement, stack: str | None = None) -> Measured | None:
     found = measure_request(row.id, request, 1.0, None, group)
     peak = found.job.efficiency.peak_flops_per_s(found.job.precision.matmul_rate)
     step_s = measured_step_s(row, values, peak)
-    return None if step_s is None else Measured(**{**vars(found), "step_s": step_s})
+    if step_s is None:
+        return None
+    weight = 1.0 if row.is_consistent else INCONSISTENT_WEIGHT
+    return replace(found, step_s=step_s, weight_factor=weight, source=row.values.get("source", ""), model=row.values.get("model", ""))

@@ -43,7 +43,7 @@ def estimate(request: Request | dict[str, Any]) -> Plan:
         job.model, job.workload, layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
     )
     memory = estimate_memory(graph, job.stack, job.cluster)
-    time = estimate_time(graph, job.cluster, job.efficiency)
+    time = estimate_time(graph, job.cluster, job.efficiency, job.nearby, job.software_year)
     num_steps = -(-job.tokens // (job.global_batch_size * job.seq_len))
     goodput = estimate_goodput(job.cluster.num_devices / job.cluster.node_size)
     cost = estimate_cost(float(time.step_s), num_steps, job.cluster, goodput)

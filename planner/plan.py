@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from planner.errors import InputError
 from planner.files import parse_json, parse_yaml, read_text, to_yaml, write_text
@@ -39,6 +39,8 @@ class Request(Spec):
     workload: Workload = Workload()
     cluster: ClusterSpec
     stack: str | None = None
+    software_year: float | None = Field(default=None, ge=2015, le=2100)
+    """When the stack was released, e.g. 2025.5; None: as the newest release that was measured."""
     layout: PartialLayout = PartialLayout()
     catalog: str | None = None
     """Path to a file of own accelerators and offers."""

@@ -82,5 +82,5 @@ def price_layouts(job: Job, table: LayoutTable) -> Prices:
             job.model, job.workload, layouts, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
         )
         peak_bytes[rows] = peak_memory(graph, job.stack)
-        step_s[rows] = estimate_time(graph, job.cluster, job.efficiency).step_s
+        step_s[rows] = estimate_time(graph, job.cluster, job.efficiency, job.nearby, job.software_year).step_s
     return Prices(step_s, peak_bytes, peak_bytes <= job.cluster.accelerator.memory_bytes)

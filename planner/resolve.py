@@ -17,6 +17,7 @@ from planner.graph import count_params, make_numerics
 from planner.hardware import Cluster, load_catalog
 from planner.layout_rules import Facts
 from planner.model_spec import ModelSpec
+from planner.nearby import NearbyRuns, load_nearby
 from planner.op_cost import Numerics
 from planner.plan import Request
 from planner.precision import Precision, get_precision
@@ -48,12 +49,19 @@ class Job:
     seq_len: int
     global_batch_size: int
     tokens: float
+    software_year: float | None = None
+    """Of the stack's release; None: the newest that was measured."""
     assumptions: list[str] = field(default_factory=list)
 
     @property
     def efficiency(self) -> Efficiency:
         """How fast this stack runs on this accelerator."""
         return Efficiency(self.stack, self.cluster.accelerator, self.precision)
+
+    @property
+    def nearby(self) -> NearbyRuns | None:
+        """Measured runs of this stack."""
+        return load_nearby(self.stack.name)
 
     @property
     def facts(self) -> Facts:
@@ -108,7 +116,19 @@ def _fill(request: Request, model: ModelSpec, cluster: Cluster, stack: StackSpec
     elif seq_len > model.max_position_embeddings:
         assumptions.append(f"seq_len {seq_len} exceeds the {model.max_position_embeddings} positions that {model.name} was made for")
     tokens, batch = _tokens(workload, model, assumptions), _batch(workload, request, seq_len, assumptions)
-    job = Job(model, cluster, stack, workload, precision, make_numerics(workload, stack, precision), seq_len, batch, tokens, assumptions)
+    job = Job(
+        model,
+        cluster,
+        stack,
+        workload,
+        precision,
+        make_numerics(workload, stack, precision),
+        seq_len,
+        batch,
+        tokens,
+        request.software_year,
+        assumptions,
+    )
     job.efficiency.peak_flops_per_s(precision.matmul_rate)
     job.efficiency.peak_flops_per_s(precision.attention_rate)
     if workload.job == "lora":

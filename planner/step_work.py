@@ -281,14 +281,15 @@ def data_parallel_transfers(
 
     Gradients that were not scattered per microbatch (ZeRO-1), sums over replicas, and the gather of ZeRO-1 and 2.
     """
-    zero, sent = _sent_as(graph, efficiency), _reduce_bytes(graph, efficiency)
+    zero, sent, precision = _sent_as(graph, efficiency), _reduce_bytes(graph, efficiency), graph.precision
+    kept = precision.saved_matmul_bytes if precision.is_quantized and efficiency.stack.keeps_quantized_weights else precision.compute_bytes
     reduces, gathers = [], []
     for is_expert, axis, across in ((False, "fsdp", "dp_replicate"), (True, "expert_fsdp", "expert_replicate")):
         group, replicas = getattr(groups, axis), getattr(groups, across)
         trained = sum(trained_params(part, is_expert, graph.layout.pp > 1))
         reduces.append(GroupTransfer("reduce_scatter", np.where(zero == 1, trained * sent, 0.0), group, axis))
         reduces.append(GroupTransfer("all_reduce", trained * sent / np.where(zero >= 1, group.size, 1), replicas, across))
-        new_weights = np.where((zero == 1) | (zero == 2), trained * graph.precision.compute_bytes, 0.0)
+        new_weights = np.where((zero == 1) | (zero == 2), trained * kept, 0.0)
         gathers.append(GroupTransfer("all_gather", new_weights, group, axis))
     return reduces, gathers
 

@@ -5,7 +5,7 @@ The same functions price one layout, a million layouts, and the runs that a stac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from planner.coefficients import Coefficients
 from planner.efficiency import Efficiency, Work, work_rates
 from planner.graph import StepGraph
 from planner.hardware import Cluster
+from planner.nearby import NearbyRuns
 from planner.schedules import SCHEDULES
 from planner.step_work import AXES, PartWork, StepWork, step_work
 
@@ -57,6 +58,10 @@ class TimeBreakdown:
     optimizer: Array
     stragglers: Array
     step_overhead: Array
+    correction: Array
+    """What measured runs near to the plan say beyond the formulas; may be negative."""
+    spread: Array | None
+    """Standard deviation of log(measured / predicted); None where no runs of the stack are known."""
     stage_forward_s: Array
     """Per microbatch and stage, [..., pp], communication included."""
     stage_backward_input_s: Array
@@ -73,7 +78,7 @@ class TimeBreakdown:
     """Parts that a stage spends on its microbatches, by the kind of work or axis."""
     PARTS = (
         "matmul", "grouped_matmul", "attention", "memory_bound", "kernel_gaps", "recompute", "host", "tensor_parallel", "context_parallel",
-        "expert_parallel", "fsdp", "pipeline_transfer_and_bubble", "data_parallel", "optimizer", "stragglers", "step_overhead",
+        "expert_parallel", "fsdp", "pipeline_transfer_and_bubble", "data_parallel", "optimizer", "stragglers", "step_overhead", "correction",
     )  # fmt: skip
 
     @property
@@ -193,9 +198,20 @@ def _each(stage_value: Array) -> Array:
     return np.asarray(stage_value)[..., None]
 
 
-def estimate_time(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) -> TimeBreakdown:
-    """Seconds of one step."""
-    return time_step(step_work(graph, cluster, efficiency), efficiency.coefficients)
+def estimate_time(
+    graph: StepGraph, cluster: Cluster, efficiency: Efficiency, nearby: NearbyRuns | None = None, software_year: float | None = None
+) -> TimeBreakdown:
+    """Seconds of one step.
+
+    Args:
+        nearby: measured runs of the stack; None: the formulas alone.
+        software_year: of the stack's release; None: the newest measured.
+    """
+    time = time_step(step_work(graph, cluster, efficiency), efficiency.coefficients)
+    if nearby is None:
+        return time
+    log_ratio, spread = nearby.correction(graph, cluster, software_year)
+    return replace(time, correction=time.step_s * np.expm1(log_ratio), spread=spread)
 
 
 def time_step(work: StepWork, c: Coefficients) -> TimeBreakdown:
@@ -235,6 +251,8 @@ def time_step(work: StepWork, c: Coefficients) -> TimeBreakdown:
         optimizer=work.optimizer_s / c.memory * c.optimizer,
         stragglers=worked_s * c.straggling * np.log2(work.num_nodes),
         step_overhead=work.step_overhead_s + c.step_overhead,
+        correction=0.0,
+        spread=None,
         stage_forward_s=forward,
         stage_backward_input_s=backward,
         stage_backward_weight_s=weight,

@@ -16,7 +16,8 @@ from planner.errors import InputError, shorten
 from planner.estimate import estimate
 from planner.graph import model_flops_per_token
 from planner.layout import describe_layout
-from planner.measurements import Measurement, read_rows, to_request
+from planner.measured_requests import to_request
+from planner.measurements import Measurement, read_rows
 from planner.op_cost import Numerics
 from planner.plan import Plan
 from planner.units import GIB, MIB

@@ -16,7 +16,7 @@ from planner.registry import unknown_name
 from planner.resolve import Job, resolve
 from planner.schedules import SCHEDULES, Schedule
 from planner.step_work import AxisGroups, StepWork, make_axis_groups, step_work
-from planner.timing import TimeBreakdown, time_step
+from planner.timing import TimeBreakdown, estimate_time
 
 __all__ = ["Explanation", "Input", "Term", "Trace", "explained", "identifier", "look_up", "part_keys", "summed", "unit_of"]
 
@@ -90,7 +90,7 @@ class Trace:
         names = part_keys([part.name for part in graph.parts])
         graph = replace(graph, parts=tuple(replace(part, name=name) for part, name in zip(graph.parts, names, strict=True)))
         memory, work = estimate_memory(graph, job.stack, job.cluster), step_work(graph, job.cluster, job.efficiency)
-        time = time_step(work, job.efficiency.coefficients)
+        time = estimate_time(graph, job.cluster, job.efficiency, job.nearby, job.software_year)
         return cls(request, plan, plan.to_dict(), job, graph, memory, work, time, make_axis_groups(graph, job.cluster))
 
     @property

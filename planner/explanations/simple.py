@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from planner import economics
+from planner.assemble import time_interval
 from planner.explanations._base import Explanation, Input, Trace, explained
 from planner.scaling_laws import EPOCH_2024
 from planner.units import HOUR_S
@@ -248,7 +249,7 @@ def explain_interval(trace: Trace, key: str) -> Explanation:
     """The bounds of the intervals of memory, time and money: value times what the stack's residuals say."""
     name, bound = key.rsplit(".", 1)
     stack = trace.job.stack
-    spread = stack.memory_interval if key.startswith("memory.") else stack.time_interval
+    spread = stack.memory_interval if key.startswith("memory.") else time_interval(trace.job, trace.time)
     inputs = [
         trace.input("value", f"{name}.value"),
         Input("factor", getattr(spread, bound), f"{spread.evidence}, stack {stack.name}: {spread.source}"),

@@ -31,6 +31,7 @@ __all__ = ["explain_time"]
 
 _AXES = {name: axis for axis, name in AXES.items()}
 _KIND_OF_NAME = {name: kind for kind, name in NAMES_OF_KINDS.items()}
+SHOWN_RUNS = 3
 _PASSES = ("forward", "backward_input", "backward_weight")
 _SOURCES = {
     "matmul": "each matmul at the slower of compute and memory (roofline), with its shape's efficiency",
@@ -59,7 +60,7 @@ def explain_time(trace: Trace, key: str) -> Explanation:
     what, path = rest[0], ".".join(rest[1:])
     special = {
         "pipeline_transfer_and_bubble": _bubble, "data_parallel": _data_parallel, "optimizer": _optimizer, "stragglers": _stragglers,
-        "step_overhead": _step_overhead,
+        "step_overhead": _step_overhead, "correction": _correction,
     }  # fmt: skip
     if what in special:
         return special[what](trace, key, path)
@@ -245,7 +246,7 @@ def _stragglers(trace: Trace, key: str, path: str) -> Explanation:
     """Time lost to the slowest node."""
     if path:
         look_up(key, path, [])
-    others = [name for name in TimeBreakdown.PARTS if name not in ("stragglers", "optimizer", "step_overhead")]
+    others = [name for name in TimeBreakdown.PARTS if name not in ("stragglers", "optimizer", "step_overhead", "correction")]
     worked = sum(trace.at(f"time.breakdown_s.{name}") for name in others)
     inputs = [
         Input("worked_s", worked, "all parts of the step but optimizer and step overhead"),
@@ -261,6 +262,26 @@ def _step_overhead(trace: Trace, key: str, path: str) -> Explanation:
         look_up(key, path, [])
     inputs = [coefficient(trace, "step_overhead"), Input("measured_s", float(trace.work.step_overhead_s), "measured beside the ops, where ops were")]
     return explained(key, trace.at(key), "step_overhead + measured_s", inputs, source="planner/coefficients.py step_overhead")
+
+
+def _correction(trace: Trace, key: str, path: str) -> Explanation:
+    """What measured runs near to the plan say beyond the formulas."""
+    if path:
+        look_up(key, path, [])
+    nearby, job = trace.job.nearby, trace.job
+    if nearby is None:
+        return explained(key, 0.0, "0", source=f"no measured runs of the stack {job.stack.name} are shipped")
+    log_ratio, _ = nearby.correction(trace.graph, job.cluster, job.software_year)
+    nearest = nearby.nearest(trace.graph, job.cluster, SHOWN_RUNS, job.software_year)
+    named = "; ".join(f"{run.model} on {run.num_devices} {run.accelerator} ({run.source}, {run.distance:.1f} away)" for run in nearest)
+    formulas = sum(trace.at(f"time.breakdown_s.{name}") for name in TimeBreakdown.PARTS if name != "correction")
+    inputs = [
+        Input("formulas_s", formulas, "all other parts of the step"),
+        Input("log_ratio", float(log_ratio), f"log(measured / formulas) expected from {len(nearby.runs)} runs of the stack; nearest: {named}"),
+    ]
+    return explained(
+        key, trace.at(key), "formulas_s * (exp(log_ratio) - 1)", inputs, source="planner/nearby.py: a Gaussian process over measured runs"
+    )
 
 
 def _stage(trace: Trace, key: str, section: str, stage: int) -> Explanation:

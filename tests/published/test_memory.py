@@ -80,7 +80,7 @@ def test_placeholders_of_llama_405b_are_one_of_each_shape(report: ValidationRepo
     expected = 2 * (h * (h + 2 * kv) + h * h + 3 * h * f + h * v)
     row = next(row for row in read_rows(DATA_DIR / "measurements" / "memory.csv") if "405b" in row.text("model") and row.text("cp") == "8")
     from planner.estimate import estimate
-    from planner.measurements import to_request
+    from planner.measured_requests import to_request
 
     memory = estimate(to_request(row)).memory.stages[0]
     params = 4 * (h * (h + 2 * kv) + h * h + 3 * h * f + 2 * h) + 2 * h * v + h

@@ -1,0 +1,185 @@
+"""What measured runs near to a plan say beyond the formulas: a correction of the step time, and how far to trust it.
+
+In: `data/measurements/evidence.csv`, published runs with what the formulas were off by. Out: for a plan, or arrays of layouts, the expected
+log(measured / formulas) and its spread. A Gaussian process: runs that differ little from the plan count much, runs that differ much count
+nothing, and where no run is near the correction is nothing and the spread wide. No run is looked up by name.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from planner.files import DATA_DIR, read_text
+from planner.graph import StepGraph
+from planner.hardware import Cluster
+
+__all__ = ["FEATURES", "NearbyRuns", "Neighbour", "features_of", "load_nearby", "make_nearby", "run_noise"]
+
+Array = Any
+AMPLITUDE = 0.2
+"""Standard deviation of log(measured / formulas) over runs, before any is seen."""
+SPREAD_FACTOR = 0.9
+"""Of the spread, so that 80% intervals hold for 80% of runs that were left out."""
+FAR = 16.0
+"""Squared distance beyond which a run is left out: it would count less than exp(-8)."""
+HEAVY_TAIL = 3.0
+"""Degrees of freedom of the scatter around the process: a run that disagrees with all its neighbours counts little (Student's t)."""
+TAIL_ROUNDS = 4
+LENGTHS: dict[str, float] = {
+    "hidden_size": 1.2, "num_layers": 2.0, "seq_len": 1.2, "tp": 1.0, "cp": 1.0, "pp": 1.2, "ep": 1.0, "dp": 2.0, "micro_batch_size": 1.2,
+    "num_microbatches": 2.0, "num_virtual_stages": 2.0, "zero_stage": 1.5, "recompute": 1.0, "num_experts": 4.0, "lora": 0.5,
+    "matmul_flops_per_s": 0.7, "memory_bytes_per_s": 0.7, "scale_up_bytes_per_s": 1.0, "scale_out_bytes_per_s": 1.0, "domain_size": 3.0,
+    "software_year": 0.5,
+}  # fmt: skip
+"""What counts as one step away, in doublings; recompute none, selective, full are 0, 1, 2; the year in years. Assumed, then halved and
+doubled: errors of left-out runs hardly change."""
+FEATURES = tuple(LENGTHS)
+LAYOUT_FEATURES = (
+    "tp", "cp", "pp", "ep", "dp", "micro_batch_size", "num_microbatches", "num_virtual_stages", "zero_stage",
+)  # fmt: skip
+"""Those that differ between layouts of one job."""
+_IS_OF_LAYOUT = np.array([name in LAYOUT_FEATURES for name in FEATURES])
+_LENGTHS = np.array(list(LENGTHS.values()))
+_RECOMPUTE = {"none": 0.0, "selective": 1.0, "full": 2.0}
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A measured run near to a plan."""
+
+    id: str
+    source: str
+    model: str
+    accelerator: str
+    num_devices: int
+    distance: float
+    """In the units of `LENGTHS`."""
+    left_out_error_fraction: float
+    """Predicted over measured step time, less 1, by a fit without this run and its like."""
+
+
+@dataclass(frozen=True, eq=False)
+class NearbyRuns:
+    """The runs of one stack."""
+
+    runs: tuple[tuple[str, str, str, str, int, float], ...]
+    """id, source, model, accelerator, devices, left-out error."""
+    places: np.ndarray
+    """[runs, features], over `LENGTHS`."""
+    log_ratio: np.ndarray
+    """log(measured / formulas)."""
+    noise: np.ndarray
+    """Scatter of each run around the process."""
+    last_year: float = 0.0
+    """Of the newest software measured; what a plan is for that names none."""
+
+    def correction(self, graph: StepGraph, cluster: Cluster, software_year: float | None = None) -> tuple[Array, Array]:
+        """(expected log(measured / formulas), its spread), numbers or [n].
+
+        Formula: with k(x, y) = AMPLITUDE^2 exp(-|x - y|^2 / 2), K the runs' k among themselves plus their noise^2 on the diagonal, and k* theirs
+        with the plan: mean k* K^-1 r, variance AMPLITUDE^2 - k* K^-1 k*^T + the median noise^2.
+
+        Source: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, section 2.2.
+        """
+        places = features_of(graph, cluster, software_year or self.last_year) / _LENGTHS
+        shape = places.shape[:-1]
+        flat = places.reshape(-1, len(FEATURES))
+        near = np.sum((self.places[:, ~_IS_OF_LAYOUT] - flat[0, ~_IS_OF_LAYOUT]) ** 2, axis=1) < FAR
+        typical = float(np.median(self.noise))
+        if not near.any():
+            return np.zeros(shape), np.full(shape, np.hypot(AMPLITUDE, typical))
+        own, weights, factor = _process(self, near.tobytes())
+        towards = _kernel(flat, own)
+        mean = towards @ weights
+        variance = AMPLITUDE**2 - np.sum((towards @ factor.T) ** 2, axis=1) + typical**2
+        return mean.reshape(shape), SPREAD_FACTOR * np.sqrt(np.maximum(variance, typical**2)).reshape(shape)
+
+    def nearest(self, graph: StepGraph, cluster: Cluster, count: int, software_year: float | None = None) -> list[Neighbour]:
+        """The runs nearest to one plan, nearest first."""
+        place = features_of(graph, cluster, software_year or self.last_year) / _LENGTHS
+        distances = np.sqrt(np.sum((self.places - place) ** 2, axis=1))
+        order = np.argsort(distances, kind="stable")[:count]
+        found = []
+        for i in order.tolist():
+            name, source, model, accelerator, num_devices, error = self.runs[i]
+            found.append(Neighbour(name, source, model, accelerator, num_devices, float(distances[i]), error))
+        return found
+
+
+def _kernel(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """k between the rows of two tables, [len(one), len(other)]."""
+    squares = np.sum(one**2, axis=1)[:, None] + np.sum(other**2, axis=1) - 2 * one @ other.T
+    return np.asarray(AMPLITUDE**2 * np.exp(-np.maximum(squares, 0.0) / 2))
+
+
+@lru_cache(maxsize=32)
+def _process(runs: NearbyRuns, near: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(places, K^-1 r, a factor F with F^T F = K^-1) of some of the runs."""
+    chosen = np.frombuffer(near, bool)
+    places, noise = runs.places[chosen], runs.noise[chosen]
+    factor = np.linalg.inv(np.linalg.cholesky(_kernel(places, places) + np.diag(noise**2)))
+    return places, factor.T @ (factor @ runs.log_ratio[chosen]), factor
+
+
+def run_noise(places: np.ndarray, log_ratio: np.ndarray, noise: float) -> np.ndarray:
+    """Noise of each run, larger where it disagrees with its neighbours: scatter as Student's t, by reweighting."""
+    own = np.full(len(log_ratio), noise)
+    covariance = _kernel(places / _LENGTHS, places / _LENGTHS)
+    for _ in range(TAIL_ROUNDS):
+        mean = covariance @ np.linalg.solve(covariance + np.diag(own**2), log_ratio)
+        own = noise * np.sqrt((HEAVY_TAIL + ((log_ratio - mean) / noise) ** 2) / (HEAVY_TAIL + 1))
+    return own
+
+
+def features_of(graph: StepGraph, cluster: Cluster, software_year: float) -> np.ndarray:
+    """Where a plan stands among runs, [features] or [n, features]."""
+    layout, device = graph.layout, cluster.accelerator
+    model = graph.model
+    rate = device.dense_flops_per_s.get(graph.precision.matmul_rate, 1.0)
+    values = {
+        "hidden_size": _doublings(model.hidden_size), "num_layers": _doublings(model.num_layers), "seq_len": _doublings(graph.seq_len),
+        "tp": _doublings(layout.tp), "cp": _doublings(layout.cp), "pp": _doublings(layout.pp), "ep": _doublings(layout.ep),
+        "dp": _doublings(layout.dp), "micro_batch_size": _doublings(layout.micro_batch_size),
+        "num_microbatches": _doublings(graph.num_microbatches), "num_virtual_stages": _doublings(layout.num_virtual_stages),
+        "zero_stage": np.asarray(layout.zero_stage, float), "recompute": _RECOMPUTE[graph.workload.recompute],
+        "num_experts": _doublings(1 + (model.moe.num_experts if model.moe else 0)), "lora": float(graph.workload.job == "lora"),
+        "matmul_flops_per_s": _doublings(rate), "memory_bytes_per_s": _doublings(device.memory_bandwidth_bytes_per_s),
+        "scale_up_bytes_per_s": _doublings(cluster.scale_up.bandwidth_bytes_per_s),
+        "scale_out_bytes_per_s": _doublings(cluster.scale_out.bandwidth_bytes_per_s if cluster.scale_out is not None else 1.0),
+        "domain_size": _doublings(cluster.scale_up.domain_size), "software_year": software_year,
+    }  # fmt: skip
+    return np.stack(np.broadcast_arrays(*(np.asarray(values[name], float) for name in FEATURES)), axis=-1)
+
+
+def _doublings(value: Array) -> Array:
+    return np.log2(np.maximum(np.asarray(value, float), 1e-9))
+
+
+@lru_cache(maxsize=1)
+def _rows() -> list[dict[str, str]]:
+    path = DATA_DIR / "measurements" / "evidence.csv"
+    return list(csv.DictReader(io.StringIO(read_text(path, 32 << 20)))) if path.is_file() else []
+
+
+@lru_cache(maxsize=64)
+def load_nearby(stack: str) -> NearbyRuns | None:
+    """The shipped runs of a stack; None where there are none."""
+    rows = [row for row in _rows() if row["stack"] == stack]
+    return make_nearby(rows) if rows else None
+
+
+def make_nearby(rows: Sequence[dict[str, Any]]) -> NearbyRuns:
+    """Runs from rows of the table."""
+    places = np.array([[float(row[name]) for name in FEATURES] for row in rows])
+    named = tuple(
+        (row["id"], row["source"], row["model"], row["accelerator"], int(row["num_devices"]), float(row["left_out_error_fraction"])) for row in rows
+    )
+    log_ratio, noise = (np.array([float(row[name]) for row in rows]) for name in ("log_ratio", "noise"))
+    return NearbyRuns(named, places / _LENGTHS, log_ratio, noise, float(places[:, FEATURES.index("software_year")].max()))

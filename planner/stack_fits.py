@@ -1,0 +1,181 @@
+"""All shipped stacks at once from one table of published runs: coefficients, residuals, and errors on runs that were left out.
+
+Stacks share what they have in common: a term of a stack is the table's value, plus what all stacks add, plus what the stack adds, plus what
+the stack adds on one accelerator. What the formulas still miss becomes `data/measurements/evidence.csv` (see `planner.nearby`).
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planner.calibration import INTERVAL_PERCENTILES, deviations, fold_of, stack_text
+from planner.cases import Measured
+from planner.coefficients import TERMS
+from planner.files import to_yaml, write_text
+from planner.fitting import NAMES, Fit, Level, Limits, fit_cases, make_batches, on_scale, predict_s
+from planner.nearby import FEATURES, NearbyRuns, features_of, make_nearby, run_noise
+from planner.spec import build
+from planner.stack import StackSpec, load_stack, stack_names
+
+__all__ = ["StackFits", "cross_validate", "fit_stacks"]
+
+SHARED_FACTOR, DEVICE_FACTOR = 0.5, 0.5
+"""Of the terms' spreads: what all stacks may add to the table, and what one device may add to a stack."""
+NUM_FOLDS = 5
+LEAST_NOISE_FRACTION, USUAL_NOISE_FRACTION, USUAL_COUNT = 0.015, 0.05, 10.0
+NOISE_OF_RESIDUAL = 0.5
+"""Share of the residuals' scatter that near runs do not have in common; the rest the Gaussian process explains."""
+MAD_FACTOR = 1.4826
+"""Standard deviation over median absolute deviation."""
+
+
+@dataclass(frozen=True)
+class StackFits:
+    """The fit to all runs, and what it reaches on runs left out."""
+
+    fit: Fit
+    rows: tuple[dict[str, Any], ...]
+    """Of the table of evidence."""
+    predicted_s: np.ndarray
+    """Formulas and nearby runs, each run left out of both with its group."""
+    spread: np.ndarray
+
+    def save(self, folder: str | Path, evidence: str | Path, steps: Sequence[Measured]) -> None:
+        """Writes the stack files and the table of evidence."""
+        for name in stack_names():
+            write_text(Path(folder) / f"{name}.yaml", to_yaml(self.stack(name, steps)))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(evidence, text.getvalue())
+
+    def stack(self, name: str, steps: Sequence[Measured]) -> dict[str, Any]:
+        """A stack's file with the coefficients of this fit."""
+        today = datetime.date.today().isoformat()
+        limits, own = Limits.physical(), [i for i, step in enumerate(steps) if step.job.stack.name == name]
+        values = stack_text(load_stack(name))
+        table = dict(zip(NAMES, on_scale([term.value for term in TERMS.values()]).tolist(), strict=True))
+        shared = {term: table[term] + added for term, added in self.fit.of("shared", "all").items()}
+        if not own:
+            typical = deviations(self.fit, "shared", "all", table, limits, "what the stacks with published runs have in common")
+            values["coefficients"] = {term: {**c, "evidence": "assumed"} for term, c in typical.items()}
+            return values
+        source = f"fitted to {len(own)} published runs on {today}"
+        values["coefficients"] = deviations(self.fit, "stack", name, shared, limits, source)
+        mine = {term: shared[term] + added for term, added in self.fit.of("stack", name).items()}
+        counts: dict[str, int] = {}
+        for i in own:
+            accelerator = steps[i].job.cluster.accelerator.id
+            counts[accelerator] = counts.get(accelerator, 0) + 1
+        values["devices"] = {
+            device: deviations(self.fit, "device", f"{name} on {device}", mine, limits, f"fitted to {count} published runs on {today}")
+            for device, count in sorted(counts.items())
+        }
+        measured_s = np.array([steps[i].step_s for i in own])
+        ratio = measured_s / self.predicted_s[own]
+        error = np.abs(1 / ratio - 1)
+        low, high = np.percentile(ratio, INTERVAL_PERCENTILES)
+        left_out = f"{len(own)} published runs, each left out of the fit with its like ({today})"
+        values["fit"] = {
+            "date": today, "num_runs": len(own), "accelerators": dict(sorted(counts.items())), "source": left_out,
+            "median_error_fraction": round(float(np.median(error)), 4), "p90_error_fraction": round(float(np.quantile(error, 0.9)), 4),
+        }  # fmt: skip
+        values["time_interval"] = {
+            "low": round(min(float(low), 0.97), 3), "high": round(max(float(high), 1.03), 3), "evidence": "fitted",
+            "source": f"10th and 90th percentile of measured over predicted step time, {left_out}",
+        }  # fmt: skip
+        build(StackSpec, values, "stack")
+        return values
+
+
+def _levels(steps: Sequence[Measured]) -> list[Level]:
+    by_device = tuple(name for name, term in TERMS.items() if term.differs_by_device)
+    return [
+        Level("shared", ("all",) * len(steps), NAMES, SHARED_FACTOR),
+        Level("stack", tuple(step.job.stack.name for step in steps), NAMES),
+        Level("device", tuple(f"{step.job.stack.name} on {step.job.cluster.accelerator.id}" for step in steps), by_device, DEVICE_FACTOR),
+    ]
+
+
+def fit_stacks(steps: Sequence[Measured], groups: Sequence[Hashable] | None = None) -> StackFits:
+    """Fits all stacks, and judges the fit by groups left out in turn.
+
+    Args:
+        groups: of each step; None: its own.
+    """
+    batches, measured_s = make_batches([step.work for step in steps]), np.array([step.step_s for step in steps])
+    weight, limits = np.array([step.weight_factor for step in steps]), Limits.physical()
+    fit = fit_cases(batches, measured_s, weight, _levels(steps))
+    log_ratio = np.log(measured_s / predict_s(batches, fit.theta, limits))
+    predicted_s, spread = cross_validate(steps, fold_of([step.group for step in steps] if groups is None else groups, NUM_FOLDS))
+    rows = _evidence(steps, np.ones(len(steps), bool), log_ratio)
+    errors = predicted_s / measured_s - 1
+    told = tuple({**row, "left_out_error_fraction": round(float(error), 4)} for row, error in zip(rows, errors, strict=True))
+    return StackFits(fit, told, predicted_s, spread)
+
+
+def cross_validate(steps: Sequence[Measured], folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(seconds of every step, their spread), each by a fit and by nearby runs that saw no step of its fold."""
+    batches, measured_s = make_batches([step.work for step in steps]), np.array([step.step_s for step in steps])
+    weight, limits, levels = np.array([step.weight_factor for step in steps]), Limits.physical(), _levels(steps)
+    predicted_s, spread = np.empty(len(steps)), np.empty(len(steps))
+    for fold in np.unique(folds):
+        is_out = folds == fold
+        fit = fit_cases(batches, measured_s, np.where(is_out, 0.0, weight), levels)
+        formulas_s = predict_s(batches, fit.theta, limits)
+        nearby = _nearby(_evidence(steps, ~is_out, np.log(measured_s / formulas_s)))
+        for i in np.flatnonzero(is_out).tolist():
+            step, runs = steps[i], nearby.get(steps[i].job.stack.name)
+            mean, own = (0.0, UNKNOWN_SPREAD) if runs is None else runs.correction(step.graph, step.job.cluster, step.job.software_year)
+            predicted_s[i], spread[i] = formulas_s[i] * np.exp(mean), own
+    return predicted_s, spread
+
+
+UNKNOWN_YEAR = 2024.5
+UNKNOWN_SPREAD = 0.25
+"""Of a stack of which no run is known: its typical coefficients are those of other stacks."""
+
+
+def _evidence(steps: Sequence[Measured], is_known: np.ndarray, log_ratio: np.ndarray) -> list[dict[str, Any]]:
+    """Rows of the table of evidence."""
+    rows: list[dict[str, Any]] = []
+    by_stack: dict[str, list[int]] = {}
+    for i in np.flatnonzero(is_known).tolist():
+        by_stack.setdefault(steps[i].job.stack.name, []).append(i)
+    for stack, own in sorted(by_stack.items()):
+        places = np.array([features_of(steps[i].graph, steps[i].job.cluster, steps[i].job.software_year or UNKNOWN_YEAR) for i in own])
+        ratios = log_ratio[own]
+        scatter = NOISE_OF_RESIDUAL * (len(own) * MAD_FACTOR * float(np.median(np.abs(ratios))) + USUAL_COUNT * USUAL_NOISE_FRACTION)
+        noise = run_noise(places, ratios, max(LEAST_NOISE_FRACTION, scatter / (len(own) + USUAL_COUNT)))
+        for i, place, ratio, own_noise in zip(own, places, ratios, noise, strict=True):
+            step = steps[i]
+            rows.append(
+                {
+                    "stack": stack,
+                    "id": step.name,
+                    "source": step.source,
+                    "model": step.model,
+                    "accelerator": step.job.cluster.accelerator.id,
+                    "num_devices": step.job.cluster.num_devices,
+                    **{name: round(float(x), 4) for name, x in zip(FEATURES, place, strict=True)},
+                    "log_ratio": round(float(ratio), 5),
+                    "noise": round(float(own_noise), 5),
+                    "left_out_error_fraction": 0.0,
+                }
+            )
+    order = {step.name: i for i, step in enumerate(steps)}
+    return sorted(rows, key=lambda row: order[row["id"]])
+
+
+def _nearby(rows: Sequence[dict[str, Any]]) -> dict[str, NearbyRuns]:
+    stacks = dict.fromkeys(row["stack"] for row in rows)
+    return {stack: make_nearby([row for row in rows if row["stack"] == stack]) for stack in stacks}
