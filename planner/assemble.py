@@ -24,7 +24,7 @@ QUANTILE_90 = 1.2816
 """Standard deviations to the 90th percentile: an 80% interval on either side."""
 NUM_NEIGHBOURS = 5
 
-__all__ = ["assemble_plan", "counted_flops_per_token", "hardware_flops_per_token", "repeated_flops", "time_interval"]
+__all__ = ["QUANTILE_90", "assemble_plan", "counted_flops_per_token", "hardware_flops_per_token", "repeated_flops", "time_interval"]
 
 
 def assemble_plan(

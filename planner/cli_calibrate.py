@@ -26,14 +26,23 @@ def calibrate(
     runs: Annotated[list[str] | None, typer.Argument(metavar="RUN_DIR...", help="Folders that `reftrain run` wrote.")] = None,
     measurements: Annotated[str | None, typer.Option(metavar="FILE.csv", help="Instead of runs: a table with the columns of validate's.")] = None,
     stack: Annotated[str | None, typer.Option(metavar="NAME", help="Stack to start from; default the runs' own.")] = None,
+    every_stack: Annotated[bool, typer.Option("--every-stack", help="Fit all shipped stacks to the table; --out is then a folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Fit a stack to measured runs, and say how well it predicts runs that it was not fitted to."""
     from planner.calibration import calibrate as run
     from planner.files import to_json
-    from planner.report.calibration_text import render_calibration
+    from planner.report.calibration_text import render_calibration, render_fits
+    from planner.stack_fits import fit_stacks
 
+    if every_stack and measurements is None:
+        raise InputError.single("--every-stack", True, "needs a table of runs", "name one with --measurements FILE.csv")
     steps = _measured_steps(runs or [], measurements, stack)
+    if every_stack:
+        fits = fit_stacks(steps)
+        fits.save(out)
+        sys.stdout.write(to_json(fits.to_dict()) if as_json else render_fits(fits, out))
+        return
     found = run(steps, stack or steps[0].request.stack or steps[0].job.stack.name, Path(out).stem)
     found.save(out)
     sys.stdout.write(to_json(found.to_dict()) if as_json else render_calibration(found, out))

@@ -66,6 +66,8 @@ TERMS: dict[str, Term] = {
         Term("launch", "host time of one kernel launch", "s", 8e-6, 5e-7, 1e-4, 0.7, _LAUNCH, True),
         Term("block_host", "host time of one pass of one block beyond its launches: framework code", "s", 1e-4, 1e-7, 1e-2, 1.0, _ASSUMED, True),
         Term("tensor_parallel_host", "the same again where tensor parallelism is on", "s", 5e-5, 1e-7, 5e-3, 1.0, _ASSUMED),
+        Term("expert_host", "the same again in blocks with experts: routing, waiting for the tokens' counts", "s", 3e-4, 1e-7, 2e-2, 1.0, _ASSUMED,
+             True),
         Term("kernel_gap", "device time of one kernel beyond its work: starting and draining it", "s", 1.5e-6, 2e-7, 1e-5, 0.5, _ASSUMED),
         Term("sync", "wait of the ranks of a collective for each other, per doubling of the ranks", "s", 1e-5, 1e-6, 3e-4, 0.7, _ASSUMED, True),
         Term("optimizer", "time of the optimizer over that of its bytes at the achieved bandwidth", "ratio", 1.0, 0.2, 6.0, 0.5, _ASSUMED),
@@ -99,6 +101,7 @@ class Coefficients:
     launch: Array
     block_host: Array
     tensor_parallel_host: Array
+    expert_host: Array
     kernel_gap: Array
     sync: Array
     optimizer: Array

@@ -25,7 +25,7 @@ from planner.ops import Embedding, Norm
 from planner.precision import Precision
 from planner.stack import Coefficient, Evidence, StackSpec
 
-__all__ = ["Efficiency", "Work", "add_work", "op_class", "work_rates"]
+__all__ = ["Efficiency", "Work", "add_work", "format_code", "op_class", "work_rates"]
 
 Array = Any
 
@@ -63,9 +63,16 @@ def add_work(*works: Work) -> Work:
     return total
 
 
-def work_rates(coefficients: Coefficients, precision: str) -> dict[str, Array]:
-    """Coefficient that divides each kind of work."""
-    matmul = coefficients.matmul * (getattr(coefficients, f"{precision}_matmul") if precision in QUANTIZED else 1.0)
+def format_code(precision: str) -> int:
+    """Place of a narrow format among `QUANTIZED`, from 1; 0 for the others."""
+    return QUANTIZED.index(precision) + 1 if precision in QUANTIZED else 0
+
+
+def work_rates(coefficients: Coefficients, code: Array) -> dict[str, Array]:
+    """Coefficient that divides each kind of work; `code`: see `format_code`."""
+    narrow = [getattr(coefficients, f"{name}_matmul") for name in QUANTIZED]
+    factor = np.choose(code, [1.0, *narrow]) if np.ndim(code) else [1.0, *narrow][int(code)]
+    matmul = coefficients.matmul * factor
     return {
         "matmul": matmul, "grouped_matmul": matmul * coefficients.grouped_matmul, "attention": coefficients.attention,
         "memory": coefficients.memory,
@@ -171,7 +178,7 @@ class Efficiency:
     @property
     def rates(self) -> dict[str, Array]:
         """Coefficient that divides each kind of work."""
-        return work_rates(self.coefficients, self.precision.name)
+        return work_rates(self.coefficients, format_code(self.precision.name))
 
     def shape_fraction(self, m: Array, n: Array, k: Array) -> Array:
         """Share of the large-matmul rate that an [m, k] x [k, n] product reaches.

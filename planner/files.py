@@ -12,6 +12,7 @@ import math
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,12 @@ def user_dir() -> Path:
     return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".llm-planner")
 
 
+GZIP = 31
+"""zlib's window of a gzip stream."""
+
+
 def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
-    """The text of a UTF-8 file of at most `max_bytes` bytes.
+    """The text of a UTF-8 file of at most `max_bytes` bytes, uncompressed where its name ends in .gz.
 
     Raises:
         InputError: missing, a directory, unreadable, too large, or not UTF-8.
@@ -103,6 +108,11 @@ def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError.single("file", shown, f"must be a readable file ({reason})", "check the path and its permissions") from None
+    if str(path).endswith(".gz"):
+        try:
+            data = zlib.decompressobj(GZIP).decompress(data, max_bytes + 1)
+        except zlib.error as error:
+            raise InputError.single("file", shown, f"must be a gzip file ({error})", "compress it again, or give it uncompressed") from None
     if len(data) > max_bytes:
         raise InputError.single("file", shown, f"at most {max_bytes:,} bytes", "give a smaller file")
     try:

@@ -150,7 +150,7 @@ def _join_parts(parts: Sequence[PartWork]) -> PartWork:
     return PartWork(**joined)
 
 
-NOTHING = PartWork({}, {}, {}, {}, {}, {"forward": {}, "backward": {}}, Wire(), Wire(), Wire(), Wire(), 0.0, 0.0)
+NOTHING = PartWork({}, {}, {}, {}, {}, {"forward": {}, "backward": {}}, Wire(), Wire(), Wire(), Wire(), 0.0, 0.0, 0.0)
 
 
 def _join(works: Sequence[StepWork]) -> StepWork:
@@ -168,6 +168,7 @@ def _join(works: Sequence[StepWork]) -> StepWork:
         optimizer_s=_stack([work.optimizer_s for work in works]),
         step_overhead_s=_stack([work.step_overhead_s for work in works]),
         num_nodes=_stack([work.num_nodes for work in works]),
+        matmul_format=_stack([work.matmul_format for work in works]).astype(int),
     )
 
 
@@ -175,7 +176,7 @@ def make_batches(works: Sequence[StepWork]) -> list[Batch]:
     """Works grouped by what a StepWork has one value of."""
     shapes: dict[Hashable, list[int]] = {}
     for i, work in enumerate(works):
-        shapes.setdefault((work.schedule, work.pp, work.num_virtual_stages, work.precision), []).append(i)
+        shapes.setdefault((work.schedule, work.pp, work.num_virtual_stages), []).append(i)
     return [Batch(np.array(rows), _join([works[i] for i in rows])) for rows in shapes.values()]
 
 

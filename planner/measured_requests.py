@@ -54,6 +54,8 @@ ZERO_1_STACKS = ("megatron-deepspeed", "nemo")
 """BigScience's scripts set ZERO_STAGE=1, NeMo's recipes use_distributed_optimizer."""
 FULLY_SHARDED_STACKS = ("maxtext", "xla-gpu")
 """MaxText: ici_fsdp_parallelism -1, over all chips that no other axis takes; and no accumulation of gradients."""
+FULLY_RECOMPUTED_STACKS = ("maxtext", "xla-gpu")
+"""MaxText: remat_policy full."""
 ACCELERATORS = {
     "mi250x-gcd": "mi250x",
     "a100-80gb-sxm (40/80 not stated)": "a100-80gb-sxm",
@@ -94,7 +96,8 @@ def _workload(row: Measurement) -> dict[str, Any]:
     optimizer = next((name for pattern, name in OPTIMIZERS if re.search(pattern, row.text("optimizer"))), "")
     if not optimizer:
         raise refuse(row, "optimizer", "is no optimizer of the planner")
-    recompute = next((name for name in ("full", "selective") if row.text("recompute").startswith(name)), "none")
+    default = "full" if stack_of(row) in FULLY_RECOMPUTED_STACKS else "none"
+    recompute = next((name for name in ("full", "selective", "none") if row.text("recompute").startswith(name)), default)
     kernel = row.text("attention_kernel")
     found = "unfused" if "unfused" in kernel else "flash" if any(word in kernel for word in ("flash", "te", "sdpa")) else "auto"
     precision = row.text("precision")
@@ -179,7 +182,7 @@ def _layout(row: Measurement, stack: str, workload: dict[str, Any]) -> dict[str,
     if known is not None and known not in (dp, dp * cp):
         raise refuse(row, "dp", f"dp*tp*pp*cp disagrees with num_devices = {world}")
     stage = row.text("zero_stage") or ("1" if stack in ZERO_1_STACKS else "3" if is_default and known is None else "0")
-    zero = 0 if stage == "0" else row.count("zero_stage", 1)
+    zero = int(stage) if stage in ("0", "1", "2", "3") else row.count("zero_stage")
     inner = re.search(r"(?:fsdp|group) (\d+)", row.text("sharding"))
     shard = 1 if zero == 0 else min(int(inner[1]), dp) if inner else dp
     batch, accumulated = workload["global_batch_size"], row.number("grad_accum")

@@ -1,6 +1,6 @@
 """What measured runs near to a plan say beyond the formulas: a correction of the step time, and how far to trust it.
 
-In: `data/measurements/evidence.csv`, published runs with what the formulas were off by. Out: for a plan, or arrays of layouts, the expected
+In: `data/measurements/evidence.csv.gz`, published runs with what the formulas were off by. Out: for a plan, or arrays of layouts, the expected
 log(measured / formulas) and its spread. A Gaussian process: runs that differ little from the plan count much, runs that differ much count
 nothing, and where no run is near the correction is nothing and the spread wide. No run is looked up by name.
 """
@@ -23,7 +23,7 @@ from planner.hardware import Cluster
 __all__ = ["FEATURES", "NearbyRuns", "Neighbour", "features_of", "load_nearby", "make_nearby", "run_noise"]
 
 Array = Any
-AMPLITUDE = 0.2
+AMPLITUDE = 0.18
 """Standard deviation of log(measured / formulas) over runs, before any is seen."""
 SPREAD_FACTOR = 0.9
 """Of the spread, so that 80% intervals hold for 80% of runs that were left out."""
@@ -32,9 +32,11 @@ FAR = 16.0
 HEAVY_TAIL = 3.0
 """Degrees of freedom of the scatter around the process: a run that disagrees with all its neighbours counts little (Student's t)."""
 TAIL_ROUNDS = 4
+BELIEVED = 1.5
+"""In units of the amplitude: what a run is off by beyond it counts as its own scatter, and its neighbours are not drawn along."""
 LENGTHS: dict[str, float] = {
-    "hidden_size": 1.2, "num_layers": 2.0, "seq_len": 1.2, "tp": 1.0, "cp": 1.0, "pp": 1.2, "ep": 1.0, "dp": 2.0, "micro_batch_size": 1.2,
-    "num_microbatches": 2.0, "num_virtual_stages": 2.0, "zero_stage": 1.5, "recompute": 1.0, "num_experts": 4.0, "lora": 0.5,
+    "hidden_size": 1.2, "num_layers": 2.0, "seq_len": 1.2, "tp": 1.0, "cp": 1.0, "pp": 2.0, "ep": 1.0, "dp": 2.0, "micro_batch_size": 1.2,
+    "num_microbatches": 2.0, "num_virtual_stages": 3.0, "zero_stage": 1.5, "recompute": 1.0, "num_experts": 4.0, "lora": 0.5,
     "matmul_flops_per_s": 0.7, "memory_bytes_per_s": 0.7, "scale_up_bytes_per_s": 1.0, "scale_out_bytes_per_s": 1.0, "domain_size": 3.0,
     "software_year": 0.5,
 }  # fmt: skip
@@ -130,11 +132,12 @@ def _process(runs: NearbyRuns, near: bytes) -> tuple[np.ndarray, np.ndarray, np.
 
 def run_noise(places: np.ndarray, log_ratio: np.ndarray, noise: float) -> np.ndarray:
     """Noise of each run, larger where it disagrees with its neighbours: scatter as Student's t, by reweighting."""
-    own = np.full(len(log_ratio), noise)
+    beyond = np.abs(log_ratio) - BELIEVED * AMPLITUDE
+    own: np.ndarray = np.maximum(np.full(len(log_ratio), noise), beyond)
     covariance = _kernel(places / _LENGTHS, places / _LENGTHS)
     for _ in range(TAIL_ROUNDS):
         mean = covariance @ np.linalg.solve(covariance + np.diag(own**2), log_ratio)
-        own = noise * np.sqrt((HEAVY_TAIL + ((log_ratio - mean) / noise) ** 2) / (HEAVY_TAIL + 1))
+        own = np.maximum(noise * np.sqrt((HEAVY_TAIL + ((log_ratio - mean) / noise) ** 2) / (HEAVY_TAIL + 1)), beyond)
     return own
 
 
@@ -164,7 +167,7 @@ def _doublings(value: Array) -> Array:
 
 @lru_cache(maxsize=1)
 def _rows() -> list[dict[str, str]]:
-    path = DATA_DIR / "measurements" / "evidence.csv"
+    path = DATA_DIR / "measurements" / "evidence.csv.gz"
     return list(csv.DictReader(io.StringIO(read_text(path, 32 << 20)))) if path.is_file() else []
 
 

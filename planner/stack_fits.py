@@ -1,13 +1,14 @@
 """All shipped stacks at once from one table of published runs: coefficients, residuals, and errors on runs that were left out.
 
 Stacks share what they have in common: a term of a stack is the table's value, plus what all stacks add, plus what the stack adds, plus what
-the stack adds on one accelerator. What the formulas still miss becomes `data/measurements/evidence.csv` (see `planner.nearby`).
+the stack adds on one accelerator. What the formulas still miss becomes `data/measurements/evidence.csv.gz` (see `planner.nearby`).
 """
 
 from __future__ import annotations
 
 import csv
 import datetime
+import gzip
 import io
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from planner.assemble import QUANTILE_90
 from planner.calibration import INTERVAL_PERCENTILES, deviations, fold_of, stack_text
 from planner.cases import Measured
 from planner.coefficients import TERMS
-from planner.files import to_yaml, write_text
+from planner.files import to_yaml, write_bytes, write_text
 from planner.fitting import NAMES, Fit, Level, Limits, fit_cases, make_batches, on_scale, predict_s
 from planner.nearby import FEATURES, NearbyRuns, features_of, make_nearby, run_noise
 from planner.spec import build
@@ -41,6 +43,7 @@ MAD_FACTOR = 1.4826
 class StackFits:
     """The fit to all runs, and what it reaches on runs left out."""
 
+    steps: tuple[Measured, ...]
     fit: Fit
     rows: tuple[dict[str, Any], ...]
     """Of the table of evidence."""
@@ -48,19 +51,35 @@ class StackFits:
     """Formulas and nearby runs, each run left out of both with its group."""
     spread: np.ndarray
 
-    def save(self, folder: str | Path, evidence: str | Path, steps: Sequence[Measured]) -> None:
-        """Writes the stack files and the table of evidence."""
+    def save(self, folder: str | Path) -> None:
+        """Writes `stacks/*.yaml` and `measurements/evidence.csv.gz` below a folder, e.g. `data`."""
+        for part in ("stacks", "measurements"):
+            (Path(folder) / part).mkdir(parents=True, exist_ok=True)
         for name in stack_names():
-            write_text(Path(folder) / f"{name}.yaml", to_yaml(self.stack(name, steps)))
+            write_text(Path(folder) / "stacks" / f"{name}.yaml", to_yaml(self.stack(name)))
         text = io.StringIO()
         writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_text(evidence, text.getvalue())
+        write_bytes(Path(folder) / "measurements" / "evidence.csv.gz", gzip.compress(text.getvalue().encode(), mtime=0))
 
-    def stack(self, name: str, steps: Sequence[Measured]) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `calibrate --every-stack --json` prints."""
+        measured_s = np.array([step.step_s for step in self.steps])
+        errors = np.abs(self.predicted_s / measured_s - 1)
+        reach = QUANTILE_90 * self.spread
+        return {
+            "schema_version": 1, "num_runs": len(self.steps), "median_abs_error_fraction": float(np.median(errors)),
+            "p90_abs_error_fraction": float(np.quantile(errors, 0.9)),
+            "interval_coverage_fraction": float(np.mean(np.abs(np.log(self.predicted_s / measured_s)) <= reach)),
+            "median_interval_width_fraction": float(np.median(np.exp(reach) - np.exp(-reach))),
+            "stacks": {name: self.stack(name).get("fit") for name in stack_names()},
+        }  # fmt: skip
+
+    def stack(self, name: str) -> dict[str, Any]:
         """A stack's file with the coefficients of this fit."""
         today = datetime.date.today().isoformat()
+        steps = self.steps
         limits, own = Limits.physical(), [i for i, step in enumerate(steps) if step.job.stack.name == name]
         values = stack_text(load_stack(name))
         table = dict(zip(NAMES, on_scale([term.value for term in TERMS.values()]).tolist(), strict=True))
@@ -120,7 +139,7 @@ def fit_stacks(steps: Sequence[Measured], groups: Sequence[Hashable] | None = No
     rows = _evidence(steps, np.ones(len(steps), bool), log_ratio)
     errors = predicted_s / measured_s - 1
     told = tuple({**row, "left_out_error_fraction": round(float(error), 4)} for row, error in zip(rows, errors, strict=True))
-    return StackFits(fit, told, predicted_s, spread)
+    return StackFits(tuple(steps), fit, told, predicted_s, spread)
 
 
 def cross_validate(steps: Sequence[Measured], folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from planner.coefficients import Coefficients
 from planner.collectives import Group, collective_s, make_group
-from planner.efficiency import Efficiency, Work, add_work
+from planner.efficiency import Efficiency, Work, add_work, format_code
 from planner.graph import Part, StepGraph, over_stages, part_runs
 from planner.hardware import Cluster
 from planner.op_cost import OpCost, Transfer
@@ -138,6 +138,7 @@ class PartWork:
     is_block: Array
     """Blocks have host code of their own; 0 where every op was measured with its host time."""
     has_tensor_parallel: Array
+    has_experts: Array
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ class StepWork:
     step_overhead_s: Array
     """Measured; beside the stack's coefficient."""
     num_nodes: Array
-    precision: str
+    matmul_format: Array
+    """See `efficiency.format_code`."""
 
 
 def part_work(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency) -> PartWork:
@@ -195,7 +197,7 @@ def part_work(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluster
     return PartWork(
         passes["forward"], passes["backward_input"], passes["backward_weight"], passes["recompute"], wires, ring,
         wire(gathers, cluster), wire(scatters, cluster), wire(reduces, cluster), wire(spreads, cluster),
-        is_coded, is_coded * (np.asarray(graph.layout.tp) > 1),
+        is_coded, is_coded * (np.asarray(graph.layout.tp) > 1), is_coded * any(cost.op.is_expert for cost in part.costs),
     )  # fmt: skip
 
 
@@ -214,7 +216,7 @@ def step_work(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) -> Ste
         optimizer_s=optimizer_s,
         step_overhead_s=overhead_s,
         num_nodes=np.maximum(cluster.num_devices / cluster.node_size, 1),
-        precision=graph.precision.name,
+        matmul_format=format_code(graph.precision.name),
     )
 
 

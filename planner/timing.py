@@ -137,9 +137,9 @@ def work_seconds(work: Work, rates: dict[str, Array], kernel_gap: Array) -> dict
     return seconds
 
 
-def part_times(work: PartWork, c: Coefficients, precision: str) -> PartTimes:
+def part_times(work: PartWork, c: Coefficients, matmul_format: Array) -> PartTimes:
     """Seconds of one run of a part under a stack, without data parallelism."""
-    rates = work_rates(c, precision)
+    rates = work_rates(c, matmul_format)
     forward, backward, weight, again = (
         work_seconds(w, rates, c.kernel_gap) for w in (work.forward, work.backward_input, work.backward_weight, work.recompute)
     )
@@ -151,7 +151,7 @@ def part_times(work: PartWork, c: Coefficients, precision: str) -> PartTimes:
                 table[name] = _exposed_wire(work, axis, phase, rates, c, overlap)
         if (axis, "recompute") in work.wires:
             repeated = repeated + _exposed_wire(work, axis, "recompute", rates, c, overlap)
-    code = work.is_block * c.block_host + work.has_tensor_parallel * c.tensor_parallel_host
+    code = work.is_block * c.block_host + work.has_tensor_parallel * c.tensor_parallel_host + work.has_experts * c.expert_host
     is_repeated = np.asarray(work.recompute.get("kernels", 0.0)) > 0
     forward_host_s = work.forward.get("kernels", 0.0) * c.launch + code
     launches = sum(w.get("kernels", 0.0) for w in (work.backward_input, work.backward_weight, work.recompute))
@@ -222,7 +222,7 @@ def time_step(work: StepWork, c: Coefficients) -> TimeBreakdown:
     (`straggling` * log2 of the nodes) and what a step costs besides.
     """
     schedule, m, runs = SCHEDULES[work.schedule], work.num_microbatches, work.runs
-    times = [part_times(part, c, work.precision) for part in work.parts]
+    times = [part_times(part, c, work.matmul_format) for part in work.parts]
     fsdp = [exposed_fsdp(part, own, c) for part, own in zip(work.parts, times, strict=True)]
     forward = _over_stages([own.forward_s + gather for own, (gather, _) in zip(times, fsdp, strict=True)], runs)
     returned = [sum(own.backward_input.values()) + own.recompute + scatter for own, (_, scatter) in zip(times, fsdp, strict=True)]

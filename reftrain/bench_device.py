@@ -216,7 +216,7 @@ def _write(name: str, measured: dict[int, dict[str, Any]]) -> tuple[Path, Path]:
     one = {"value": 1.0, "evidence": "measured", "source": source}
     # The curves were taken op by op in a running model: what the host does and what messages wait is in them.
     rates = ("matmul", "attention", "memory", "optimizer", "scale_up")
-    inside = ("launch", "block_host", "tensor_parallel_host", "kernel_gap", "sync", "step_overhead", "contention", "straggling")
+    inside = ("launch", "block_host", "tensor_parallel_host", "expert_host", "kernel_gap", "sync", "step_overhead", "contention", "straggling")
     included = {"value": 0.0, "evidence": "measured", "source": f"in the curves {source}"}
     shared = {"value": 0.0, "evidence": "assumed", "source": "processes share the cores that compute"}
     serial = {term: shared for term in TERMS if term.endswith("_overlap")}

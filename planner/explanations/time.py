@@ -81,7 +81,7 @@ class _Work:
 def _work(trace: Trace, index: int) -> _Work:
     part, c = trace.graph.parts[index], trace.job.efficiency.coefficients
     work = part_work(trace.graph, part, trace.groups, trace.job.cluster, trace.job.efficiency)
-    times = part_times(work, c, trace.graph.precision.name)
+    times = part_times(work, c, trace.work.matmul_format)
     gather, scatter = exposed_fsdp(work, times, c)
     runs = float(worked_runs(trace.work.runs, trace.work.schedule)[index][int(trace.time.slowest_stage)])
     return _Work(part, work, times, (float(gather), float(scatter)), runs)
@@ -97,7 +97,7 @@ def _op_work(trace: Trace, part: Part, cost: OpCost) -> PartWork:
 
 
 def _op_times(trace: Trace, part: Part, cost: OpCost) -> PartTimes:
-    return part_times(_op_work(trace, part, cost), trace.job.efficiency.coefficients, trace.graph.precision.name)
+    return part_times(_op_work(trace, part, cost), trace.job.efficiency.coefficients, trace.work.matmul_format)
 
 
 def _op_seconds(trace: Trace, part: Part, what: str) -> dict[str, float]:
@@ -226,7 +226,7 @@ def _host(trace: Trace, key: str, path: str) -> Explanation:
         Input(
             "code_s",
             float(times.forward_host_s) - kernels[0] * trace.job.efficiency.coefficients.launch,
-            "block_host, and tensor_parallel_host where tp > 1",
+            "block_host, tensor_parallel_host where tp > 1, and expert_host of experts",
         ),
         Input("code_passes", 1.0 + (kernels[3] > 0), "passes of the block's code on the way back"),
         coefficient(trace, "launch"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from planner.calibration import TOLD_SHARE, Calibration
+from planner.stack_fits import StackFits
 
-__all__ = ["render_calibration"]
+__all__ = ["render_calibration", "render_fits"]
 
 MOST_ROWS = 40
 AT_BOUND = "  at its physical bound: look for what else is slow"
@@ -44,4 +45,21 @@ def render_calibration(found: Calibration, path: str) -> str:
         f"{found.median_error_left_out_fraction:.1%} on runs left out of their own fit"
     )
     lines.append(f"written: {path}    use it with --stack {path}")
+    return "\n".join(lines) + "\n"
+
+
+def render_fits(found: StackFits, path: str) -> str:
+    """One line per stack: runs, and errors of runs that were left out."""
+    values = found.to_dict()
+    lines = [f"{'stack':<20}{'runs':>6}{'median':>9}{'p90':>8}  errors of runs left out of the fit with their like"]
+    for name, fit in values["stacks"].items():
+        if fit is None:
+            lines.append(f"{name:<20}{0:>6}{'':>17}  as the other stacks")
+        else:
+            devices = ", ".join(f"{device} {count}" for device, count in fit["accelerators"].items())
+            lines.append(f"{name:<20}{fit['num_runs']:>6}{fit['median_error_fraction']:>9.1%}{fit['p90_error_fraction']:>8.1%}  {devices}")
+    lines.append(f"{'all':<20}{values['num_runs']:>6}{values['median_abs_error_fraction']:>9.1%}{values['p90_abs_error_fraction']:>8.1%}")
+    held, width = values["interval_coverage_fraction"], values["median_interval_width_fraction"]
+    lines.append(f"80% intervals hold for {held:.0%} of runs left out; median width {width:.0%}")
+    lines.append(f"written: {path}/stacks, {path}/measurements/evidence.csv.gz")
     return "\n".join(lines) + "\n"

@@ -74,7 +74,8 @@ def test_being_far_off_is_no_reason() -> None:
     [
         ("Megatron-LM", "2021", "megatron-2021"), ("Megatron-LM/Core CI", "2026", "megatron-core"),
         ("Megatron-DeepSpeed", "2022", "megatron-deepspeed"),
-        ("Megatron-DeepSpeed", "2023", "megatron-deepspeed"), ("HF Trainer + DeepSpeed ZeRO", "2022", "deepspeed"), ("NeMo 2/Megatron-Core", "2025", "nemo"),
+        ("Megatron-DeepSpeed", "2023", "megatron-deepspeed"), ("HF Trainer + DeepSpeed ZeRO", "2022", "deepspeed"),
+        ("NeMo 2/Megatron-Core", "2025", "nemo"),
         ("Megatron-Bridge (NeMo 26.04)", "2026", "nemo"), ("llm-foundry/Composer FSDP", "2023", "llm-foundry"), ("MaxText", "2024", "maxtext"),
         ("torchtitan", "2025", "torchtitan"), ("LitGPT", "2024", "litgpt"), ("nanotron", "2024", "nanotron"), ("", "", "torch-eager"),
     ],
