@@ -32,6 +32,7 @@ app = make_app("Plan an LLM training run before you pay for it.")
 add_export_commands(app)
 add_calibrate_commands(app)
 
+PROGRESS_ROWS = 50
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 PlanFile = Annotated[str | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; options below change it.")]
 
@@ -263,8 +264,17 @@ def validate(
     from planner.report.validation_text import render_markdown
     from planner.validation import read_rows, validate_rows
 
-    report = validate_rows(row for name in measurements for row in read_rows(name))
+    rows = [row for name in measurements for row in read_rows(name)]
+    report = validate_rows(rows, lambda done: _progress(done, len(rows)))
     sys.stdout.write(to_json(report.to_dict()) if as_json else render_markdown(report, measurements))
+
+
+def _progress(done: int, total: int) -> None:
+    """How far long work is, on standard error, for people who watch."""
+    if sys.stderr.isatty() and done % PROGRESS_ROWS == 0:
+        sys.stderr.write(f"\r{done:,} of {total:,} rows")
+        sys.stderr.write("\r" + " " * 40 + "\r" if done + PROGRESS_ROWS >= total else "")
+        sys.stderr.flush()
 
 
 def _fail(error: PlannerError, as_json: bool) -> int:

@@ -20,7 +20,7 @@ from planner.files import DATA_DIR, read_text
 from planner.graph import StepGraph
 from planner.hardware import Cluster
 
-__all__ = ["FEATURES", "NearbyRuns", "Neighbour", "features_of", "load_nearby", "make_nearby", "run_noise"]
+__all__ = ["FEATURES", "NearbyRuns", "Neighbour", "features_of", "left_out_results", "load_nearby", "make_nearby", "run_noise"]
 
 Array = Any
 AMPLITUDE = 0.18
@@ -169,6 +169,18 @@ def _doublings(value: Array) -> Array:
 def _rows() -> list[dict[str, str]]:
     path = DATA_DIR / "measurements" / "evidence.csv.gz"
     return list(csv.DictReader(io.StringIO(read_text(path, 32 << 20)))) if path.is_file() else []
+
+
+@lru_cache(maxsize=64)
+def left_out_results(stack: str) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """Of the runs that a stack was fitted to: (source, id) -> measured seconds, error and spread by a fit without the run and its like."""
+    numbers = ("measured_step_s", "left_out_error_fraction", "left_out_spread")
+    found = {}
+    for row in _rows():
+        if row["stack"] == stack:
+            measured_s, error, spread = (float(row[name]) for name in numbers)
+            found[row["source"], row["id"]] = (measured_s, error, spread)
+    return found
 
 
 @lru_cache(maxsize=64)

@@ -138,7 +138,10 @@ def fit_stacks(steps: Sequence[Measured], groups: Sequence[Hashable] | None = No
     predicted_s, spread = cross_validate(steps, fold_of([step.group for step in steps] if groups is None else groups, NUM_FOLDS))
     rows = _evidence(steps, np.ones(len(steps), bool), log_ratio)
     errors = predicted_s / measured_s - 1
-    told = tuple({**row, "left_out_error_fraction": round(float(error), 4)} for row, error in zip(rows, errors, strict=True))
+    told = tuple(
+        {**row, "left_out_error_fraction": round(float(error), 5), "left_out_spread": round(float(own), 4)}
+        for row, error, own in zip(rows, errors, spread, strict=True)
+    )
     return StackFits(tuple(steps), fit, told, predicted_s, spread)
 
 
@@ -186,6 +189,7 @@ def _evidence(steps: Sequence[Measured], is_known: np.ndarray, log_ratio: np.nda
                     "accelerator": step.job.cluster.accelerator.id,
                     "num_devices": step.job.cluster.num_devices,
                     **{name: round(float(x), 4) for name, x in zip(FEATURES, place, strict=True)},
+                    "measured_step_s": step.step_s,
                     "log_ratio": round(float(ratio), 5),
                     "noise": round(float(own_noise), 5),
                     "left_out_error_fraction": 0.0,

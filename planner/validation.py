@@ -5,25 +5,34 @@ In: rows of `planner.measurements`. Out: a `ValidationReport`, as JSON (`validat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from planner.architectures import load_model
+from planner.assemble import QUANTILE_90
 from planner.errors import InputError, shorten
 from planner.estimate import estimate
+from planner.files import to_json
 from planner.graph import model_flops_per_token
 from planner.layout import describe_layout
-from planner.measured_requests import to_request
+from planner.measured_requests import inferred, to_request
 from planner.measurements import Measurement, read_rows
+from planner.nearby import left_out_results
 from planner.op_cost import Numerics
 from planner.plan import Plan
+from planner.summaries import BASELINE_MFU, Judged, TimeSummary, choices, group_times, summarize_choices, summarize_times
 from planner.units import GIB, MIB
 
 __all__ = ["ErrorSummary", "RowResult", "Skipped", "ValidationReport", "memory_kind", "read_rows", "validate_rows"]
 
+JOB_COLUMNS = ("source", "model", "accelerator", "num_devices", "precision", "global_batch_size", "seq_len", "framework")
+"""What rows have in common that differ in their layout alone."""
+SAME_FRACTION = 1e-3
+"""A row of the same source, id and time is the very row that a stack was fitted to."""
 STATES = ("weights", "gradients", "optimizer", "activations", "logits")
 OUTSIDE_TORCH = ("context", "communication_buffers")
 """What the framework's allocator does not count."""
@@ -66,6 +75,29 @@ class RowResult:
     memory_error_fraction: float | None
     low_memory_bytes: float
     high_memory_bytes: float
+    precision: str
+    num_params: int
+    baseline_step_s: float
+    """Hardware FLOPs at `BASELINE_MFU` of peak."""
+    job_key: str
+    """The same for rows that differ in their layout alone."""
+    is_left_out: bool
+    """The stack was fitted to this row: its error in the summaries is that of a fit, and of nearby runs, without it and its like."""
+    judged_error_fraction: float | None
+    judged_spread: float | None
+    """Standard deviation of log(measured / predicted) that goes with it; None: the interval above."""
+    assumptions: tuple[str, ...]
+    """What was not published and what it was taken to be."""
+
+    @property
+    def judged(self) -> Judged | None:
+        """The row as a judge of step times; None where no time was measured."""
+        if self.measured_step_s is None or self.judged_error_fraction is None:
+            return None
+        predicted_s = self.measured_step_s * (1 + self.judged_error_fraction)
+        reach = None if self.judged_spread is None else math.exp(QUANTILE_90 * self.judged_spread)
+        low, high = (self.low_step_s, self.high_step_s) if reach is None else (predicted_s / reach, predicted_s * reach)
+        return Judged(predicted_s, self.measured_step_s, low, high, self.baseline_step_s, self.job_key, self.source)
 
 
 @dataclass(frozen=True)
@@ -88,9 +120,23 @@ class ValidationReport:
     """Row id -> source, skipped rows included."""
 
     @property
-    def throughput(self) -> ErrorSummary:
+    def throughput(self) -> TimeSummary:
         """Errors of the step time."""
         return _time_summary(self.per_row)
+
+    @property
+    def num_left_out(self) -> int:
+        """Rows that a stack was fitted to, judged by a fit without them."""
+        return sum(row.is_left_out for row in self.per_row if row.judged is not None)
+
+    @property
+    def choosing(self) -> dict[str, dict[str, Any]]:
+        """Whether the layout predicted fastest is the fastest, by source."""
+        return summarize_choices(choices(row.judged for row in self.per_row if row.judged is not None))
+
+    def times_by(self, key: Callable[[RowResult], str]) -> dict[str, TimeSummary]:
+        """Errors of the step time by some key of the rows."""
+        return group_times((key(row), row.judged) for row in self.per_row if row.judged is not None)
 
     @property
     def memory(self) -> ErrorSummary:
@@ -122,7 +168,10 @@ class ValidationReport:
             "throughput": asdict(self.throughput),
             "memory": asdict(self.memory),
             "memory_by_kind": {kind: asdict(found) for kind, found in self.memory_by_kind.items()},
+            "num_left_out_rows": self.num_left_out,
             "by_source": self.by_source(),
+            **{f"by_{name}": {group: asdict(found) for group, found in self.times_by(key).items()} for name, key in TIME_GROUPS.items()},
+            "choosing": self.choosing,
             "per_row": [asdict(row) for row in self.per_row],
         }
 
@@ -137,14 +186,24 @@ def _summary(judged: Sequence[tuple[float, bool | None]]) -> ErrorSummary:
     return ErrorSummary(len(judged), float(np.median(errors)), float(np.quantile(errors, 0.9)), covered)
 
 
-def _time_summary(rows: Iterable[RowResult]) -> ErrorSummary:
-    return _summary(
-        [
-            (row.error_fraction, row.low_step_s <= row.measured_step_s <= row.high_step_s)
-            for row in rows
-            if row.error_fraction is not None and row.measured_step_s is not None
-        ]
-    )
+def _time_summary(rows: Iterable[RowResult]) -> TimeSummary:
+    return summarize_times(row.judged for row in rows if row.judged is not None)
+
+
+def _band(value: float, edges: Sequence[tuple[float, str]]) -> str:
+    return next(name for edge, name in edges if value <= edge)
+
+
+_DEVICES = ((1.0, "1"), (8.0, "2-8"), (64.0, "9-64"), (512.0, "65-512"), (math.inf, "over 512"))
+_PARAMS = ((1e9, "up to 1B"), (1e10, "1B-10B"), (1e11, "10B-100B"), (math.inf, "over 100B"))
+TIME_GROUPS: dict[str, Callable[[RowResult], str]] = {
+    "accelerator": lambda row: row.accelerator,
+    "stack": lambda row: row.stack,
+    "precision": lambda row: row.precision,
+    "devices": lambda row: _band(row.num_devices, _DEVICES),
+    "params": lambda row: _band(row.num_params, _PARAMS),
+}
+"""By what errors of step times are grouped, beside their source."""
 
 
 def _memory_summary(rows: Iterable[RowResult]) -> ErrorSummary:
@@ -234,6 +293,8 @@ def _result(row: Measurement) -> RowResult:
     plan = estimate(request)
     time, layout = plan.time.step_s, plan.layout
     measured = measured_step_s(row, request, plan.time.peak_flops_per_s)
+    known = left_out_results(request["stack"]).get((row.values.get("source", ""), row.id))
+    left_out = known if known is not None and measured is not None and math.isclose(known[0], measured, rel_tol=SAME_FRACTION) else None
     if measured is None and published_gib is None:
         raise InputError.single("measured_step_s", None, "neither time nor memory was published in known terms", "leave the row out")
     memory = predicted_memory_bytes(plan, row.text("mem_definition"))
@@ -263,16 +324,35 @@ def _result(row: Measurement) -> RowResult:
         memory_error_fraction=None if found is None else memory / found - 1,
         low_memory_bytes=plan.memory.peak_bytes.low * spread,
         high_memory_bytes=plan.memory.peak_bytes.high * spread,
+        precision=workload["precision"],
+        num_params=plan.params.total,
+        baseline_step_s=_baseline_step_s(plan),
+        job_key=to_json([row.text(name) for name in JOB_COLUMNS]),
+        is_left_out=left_out is not None,
+        judged_error_fraction=None if measured is None else time.value / measured - 1 if left_out is None else left_out[1],
+        judged_spread=None if left_out is None else left_out[2],
+        assumptions=tuple(inferred(row)),
     )
 
 
-def validate_rows(rows: Iterable[Measurement]) -> ValidationReport:
+def _baseline_step_s(plan: Plan) -> float:
+    """Seconds of a step at a constant share of peak, every executed FLOP counted, attention over all pairs."""
+    tokens = plan.time.tokens_per_s * plan.time.step_s.value
+    return plan.flops.counted_per_token * tokens / (plan.layout.num_devices * plan.time.peak_flops_per_s * BASELINE_MFU)
+
+
+def validate_rows(rows: Iterable[Measurement], on_row: Callable[[int], None] | None = None) -> ValidationReport:
     """Predicts every row that can be expressed, and compares.
+
+    Args:
+        on_row: told how many rows are done.
 
     A row is skipped only when its configuration was not published in full or cannot be expressed, never for being far off.
     """
     results, skipped, sources = [], [], {}
-    for row in rows:
+    for count, row in enumerate(rows):
+        if on_row is not None:
+            on_row(count)
         sources[row.id] = row.values.get("source", "")
         try:
             results.append(_result(row))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from planner.summaries import BASELINE_MFU, TimeSummary
 from planner.units import GIB
-from planner.validation import RowResult, ValidationReport
+from planner.validation import TIME_GROUPS, RowResult, ValidationReport
 
 __all__ = ["render_markdown"]
 
@@ -18,6 +19,7 @@ KINDS = {
 }
 MARKS = {"coefficients": "fitted", "interval": "interval"}
 MOST_NOTES = 4
+MOST_LISTED_ROWS = 400
 
 
 def _percent(value: float | None) -> str:
@@ -85,19 +87,60 @@ def _sections(rows: Sequence[RowResult], table: Callable[[Sequence[RowResult]], 
     return lines
 
 
+def _time_cells(found: TimeSummary) -> tuple[str, ...]:
+    numbers = (found.median_abs_error_fraction, found.p90_abs_error_fraction, found.interval_coverage_fraction)
+    baseline = (found.baseline_median_abs_error_fraction, found.baseline_p90_abs_error_fraction)
+    naive = _percent(baseline[0]) + (" **better**" if found.loses_to_baseline else "")
+    own = (_percent(numbers[0]), _percent(numbers[1]), _signed(found.median_error_fraction), _percent(numbers[2]))
+    return (str(found.num_rows), *own, naive, _percent(baseline[1]))
+
+
+TIME_COLUMNS = ("rows", "median", "90th percentile", "bias", "interval holds", "45% of peak: median", "its 90th percentile")
+
+
+def _group_tables(report: ValidationReport) -> list[str]:
+    lines: list[str] = []
+    for name, key in {"source": lambda row: row.source, **TIME_GROUPS}.items():
+        groups = report.times_by(key)
+        if len(groups) > 1:
+            lines += [f"By {name}:", "", *_table((name, *TIME_COLUMNS), ((group, *_time_cells(found)) for group, found in groups.items())), ""]
+    return lines
+
+
+def _choosing(report: ValidationReport) -> list[str]:
+    if not report.choosing:
+        return []
+    header = ("source", "groups", "mean regret", "largest regret", "mean rank correlation")
+    cells = (
+        (name, str(c["num_groups"]), _percent(c["mean_regret_fraction"]), _percent(c["max_regret_fraction"]), f"{c['mean_spearman']:.2f}")
+        for name, c in report.choosing.items()
+    )
+    told = "Does it choose well? Rows that differ in their layout alone, at least four of them; regret is the measured time of the layout"
+    return [told, "predicted fastest over the best measured, less 1.", "", *_table(header, cells), ""]
+
+
 def _time_section(report: ValidationReport) -> list[str]:
     time, rows = report.throughput, [row for row in report.per_row if row.measured_step_s is not None]
+    left_out = (
+        f"{report.num_left_out} of the rows are among those that the stacks are fitted to: each of these is judged by a fit, and by nearby runs,"
+        " that saw neither it nor any row of its model, accelerator, number of devices and precision."
+        if report.num_left_out
+        else "No row was used to fit a coefficient."
+    )
+    own = _percent(time.median_interval_width_fraction)
     return [
         "## Step time",
         "",
         (
             f"Median error {_percent(time.median_abs_error_fraction)}, 90th percentile {_percent(time.p90_abs_error_fraction)}, interval holds for"
-            f" {_percent(time.interval_coverage_fraction)} of {time.num_rows} rows. No row was used to fit a coefficient."
+            f" {_percent(time.interval_coverage_fraction)} of {time.num_rows} rows (its median width {own}). {left_out}"
         ),
         "",
-        *_source_table(report, "throughput"),
+        f"Beside it what a constant {100 * BASELINE_MFU:.0f}% of peak would have said, every executed FLOP counted.",
         "",
-        *_sections(rows, _time_table),
+        *_group_tables(report),
+        *_choosing(report),
+        *(_sections(rows, _time_table) if len(rows) <= MOST_LISTED_ROWS else ["Every row: `planner validate --json`.", ""]),
     ]
 
 

@@ -28,7 +28,7 @@ LEVELS: dict[str, int] = {
     **dict.fromkeys(("plan", "resolve", "pricing", "layout_space", "assemble"), 7),
     "estimate": 8,
     **dict.fromkeys(("listing", "explain", "explanations", "compare", "peaks", "remedies", "validation", "calibration", "measurements", "report"), 9),
-    **dict.fromkeys(("exporters", "importers", "fitting", "cases", "stack_fits", "measured_models", "measured_requests"), 9),
+    **dict.fromkeys(("exporters", "importers", "fitting", "cases", "stack_fits", "measured_models", "measured_requests", "summaries"), 9),
     **dict.fromkeys(("cli", "cli_export", "cli_calibrate", "__main__"), 10),
 }  # fmt: skip
 """What a file may import: its own level and below. A new file needs a place in this list."""
@@ -41,7 +41,7 @@ UNIT_SUFFIX = re.compile(
 )
 DIMENSIONLESS = {
     "value", "low", "high", "mfu", "hfu", "mfu_causal", "tokens_per_s", "tokens_per_s_per_device", "total", "irreducible", "tokens", "share",
-    "rope_theta", "usd", "software_year", "last_year", "distance",
+    "rope_theta", "usd", "software_year", "last_year", "distance", "spearman", "judged_spread",
 }  # fmt: skip
 """Float fields that carry their unit elsewhere: intervals and coefficients, ratios, counts of tokens."""
 

@@ -1,0 +1,141 @@
+"""The correction by measured runs: against the textbook's formula, near and far, for one plan and for many layouts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from planner import estimate
+from planner.graph import StepGraph
+from planner.hardware import Cluster
+from planner.layout import Layout
+from planner.layout_space import layout_space
+from planner.nearby import AMPLITUDE, FEATURES, SPREAD_FACTOR, NearbyRuns, features_of, load_nearby, make_nearby, run_noise
+from planner.plan import build_request
+from planner.pricing import price_layouts
+from planner.resolve import Job, resolve
+
+REQUEST: dict[str, Any] = {
+    "model": "llama-3.1-8b", "workload": {"seq_len": 8192, "global_batch_size": 128, "tokens": 1e12},
+    "cluster": {"accelerator": "h100-80gb-sxm", "num_devices": 64}, "stack": "nemo",
+    "layout": {"dp_shard": 32, "tp": 2, "zero_stage": 1, "micro_batch_size": 1, "sequence_parallel": True},
+}  # fmt: skip
+
+
+def graph_of(job: Job, layout: Layout) -> StepGraph:
+    from planner.graph import build_step_graph
+
+    return build_step_graph(
+        job.model, job.workload, layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
+    )
+
+
+def planned(**layout: Any) -> tuple[Job, StepGraph, Cluster]:
+    request = build_request({**REQUEST, "layout": {**REQUEST["layout"], **layout}})
+    job = resolve(request)
+    return job, graph_of(job, request.layout.complete()), job.cluster
+
+
+def runs_at(places: list[np.ndarray], log_ratio: list[float], noise: float = 0.02) -> NearbyRuns:
+    rows = [
+        {
+            "id": f"r{i}", "source": "a test", "model": "m", "accelerator": "h100-80gb-sxm", "num_devices": 8, "left_out_error_fraction": 0.1,
+            "log_ratio": ratio, "noise": noise, **dict(zip(FEATURES, place, strict=True)),
+        }
+        for i, (place, ratio) in enumerate(zip(places, log_ratio, strict=True))
+    ]  # fmt: skip
+    return make_nearby(rows)
+
+
+def test_it_is_the_textbooks_posterior() -> None:
+    _, graph, cluster = planned()
+    here = features_of(graph, cluster, 2025.0)
+    numbers = np.random.default_rng(0)
+    places = [here + numbers.normal(0, 0.4, len(FEATURES)) for _ in range(12)]
+    ratios = numbers.normal(0, 0.1, 12).tolist()
+    runs = runs_at(places, ratios)
+    mean, spread = runs.correction(graph, cluster, 2025.0)
+    scaled = runs.places
+    point = here / (np.array(places[0]) / scaled[0])
+
+    def kernel(one: np.ndarray, other: np.ndarray) -> float:
+        return float(AMPLITUDE**2 * np.exp(-np.sum((one - other) ** 2) / 2))
+
+    covariance = np.array([[kernel(a, b) + 0.02**2 * (i == j) for j, b in enumerate(scaled)] for i, a in enumerate(scaled)])
+    towards = np.array([kernel(point, a) for a in scaled])
+    assert float(mean) == pytest.approx(towards @ np.linalg.inv(covariance) @ ratios, rel=1e-6)
+    variance = AMPLITUDE**2 - towards @ np.linalg.inv(covariance) @ towards + 0.02**2
+    assert float(spread) == pytest.approx(SPREAD_FACTOR * np.sqrt(variance), rel=1e-6)
+
+
+def test_a_run_at_the_same_place_is_believed_and_a_far_one_is_not() -> None:
+    _, graph, cluster = planned()
+    here = features_of(graph, cluster, 2025.0)
+    mean, near = runs_at([here], [0.2]).correction(graph, cluster, 2025.0)
+    assert float(mean) == pytest.approx(0.2, rel=0.02)
+    mean, far = runs_at([here + 20], [0.2]).correction(graph, cluster, 2025.0)
+    assert float(mean) == 0
+    assert float(far) > 5 * float(near)
+    assert float(far) == pytest.approx(AMPLITUDE, rel=0.05)
+
+
+def test_the_spread_grows_with_the_distance() -> None:
+    _, graph, cluster = planned()
+    here = features_of(graph, cluster, 2025.0)
+    spreads = [float(runs_at([here + step * (np.arange(len(FEATURES)) == 0)], [0.1]).correction(graph, cluster, 2025.0)[1]) for step in (0, 1, 2, 4)]
+    assert spreads == sorted(spreads)
+
+
+def test_names_are_nothing() -> None:
+    """The correction knows runs by where they stand, never by what they are called."""
+    _, graph, cluster = planned()
+    runs = load_nearby("nemo")
+    assert runs is not None
+    renamed = replace(runs, runs=tuple(("x", "y", "z", "w", 1, 0.0) for _ in runs.runs))
+    assert runs.correction(graph, cluster) == renamed.correction(graph, cluster)
+
+
+def test_many_layouts_are_corrected_as_each_alone() -> None:
+    job = resolve(build_request({**REQUEST, "layout": {}}))
+    table = layout_space(job, build_request({**REQUEST, "layout": {}}).layout)
+    prices = price_layouts(job, table)
+    for row in range(0, len(table), max(len(table) // 15, 1)):
+        layout = table.row(row).model_dump()
+        alone = estimate({**REQUEST, "layout": layout})
+        assert alone.time.breakdown_s["correction"] != 0
+        assert alone.time.step_s.value == pytest.approx(float(prices.step_s[row]), rel=1e-9)
+
+
+def test_a_run_that_disagrees_with_its_neighbours_is_noise() -> None:
+    _, graph, cluster = planned()
+    here = features_of(graph, cluster, 2025.0)
+    places = np.array([here + 0.05 * i for i in range(8)])
+    ratios = np.array([0.05] * 7 + [0.9])
+    noise = run_noise(places, ratios, 0.02)
+    assert noise[-1] > 5 * noise[:-1].max()
+    mean, _ = runs_at(list(places), ratios.tolist()).correction(graph, cluster, 2025.0)
+    calmed = [
+        {"id": str(i), "source": "s", "model": "m", "accelerator": "a", "num_devices": 8, "left_out_error_fraction": 0.0, "log_ratio": r, "noise": n,
+         **dict(zip(FEATURES, p, strict=True))}
+        for i, (p, r, n) in enumerate(zip(places, ratios, noise, strict=True))
+    ]  # fmt: skip
+    assert float(make_nearby(calmed).correction(graph, cluster, 2025.0)[0]) == pytest.approx(0.05, abs=0.01)
+    assert float(mean) > 0.055
+
+
+def test_evidence_names_the_nearest_published_runs_and_their_errors() -> None:
+    plan = estimate(REQUEST)
+    named = [entry for entry in plan.evidence if entry.name.startswith("published run")]
+    assert len(named) == 5
+    assert all(entry.evidence == "measured" and abs(entry.value) < 5 for entry in named)
+    away = [float(entry.source.split(";")[1].split()[0]) for entry in named]
+    assert away == sorted(away)
+
+
+def test_an_unknown_stack_has_no_correction(tmp_path: Any) -> None:
+    plan = estimate({**REQUEST, "stack": "torchtitan"})
+    assert load_nearby("torchtitan") is None
+    assert plan.time.breakdown_s["correction"] == 0
