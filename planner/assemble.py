@@ -240,9 +240,9 @@ def _evidence(job: Job, graph: StepGraph) -> tuple[Evidence, ...]:
     found = [
         Evidence(
             f"published run: {run.model} on {run.num_devices} {run.accelerator}, predicted over measured step time less 1",
-            run.left_out_error_fraction, "measured", f"{run.source}, row {run.id}; {run.distance:.1f} away; predicted by a fit without it",
+            run.left_out_error_fraction, "measured", f"{run.source}, row {run.id}; {distance:.1f} away; predicted by a fit without it",
         )
-        for run in nearest
+        for distance, run in nearest
     ]  # fmt: skip
     found.append(Evidence("best matmul alone over dense peak", *_told(job.efficiency.best_matmul)))
     for name, term in TERMS.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,13 +21,15 @@ from planner.files import DATA_DIR, read_text
 from planner.graph import StepGraph
 from planner.hardware import Cluster
 
-__all__ = ["FEATURES", "NearbyRuns", "Neighbour", "features_of", "left_out_results", "load_nearby", "make_nearby", "run_noise"]
+__all__ = ["FEATURES", "KnownRun", "NearbyRuns", "features_of", "load_nearby", "make_nearby", "run_noise"]
 
 Array = Any
 AMPLITUDE = 0.18
 """Standard deviation of log(measured / formulas) over runs, before any is seen."""
 SPREAD_FACTOR = 0.9
 """Of the spread, so that 80% intervals hold for 80% of runs that were left out."""
+SAME_PLACE, SAME_TIME_FRACTION = 1.5, 0.01
+"""Within these a measurement is a run that is known already. The place is generous: tables differ in release dates and paddings."""
 FAR = 16.0
 """Squared distance beyond which a run is left out: it would count less than exp(-8)."""
 HEAVY_TAIL = 3.0
@@ -53,26 +56,26 @@ _RECOMPUTE = {"none": 0.0, "selective": 1.0, "full": 2.0}
 
 
 @dataclass(frozen=True)
-class Neighbour:
-    """A measured run near to a plan."""
+class KnownRun:
+    """A measured run that a stack was fitted to."""
 
     id: str
     source: str
     model: str
     accelerator: str
     num_devices: int
-    distance: float
-    """In the units of `LENGTHS`."""
+    measured_step_s: float
     left_out_error_fraction: float
     """Predicted over measured step time, less 1, by a fit without this run and its like."""
+    left_out_spread: float
+    """Of that prediction: standard deviation of log(measured / predicted)."""
 
 
 @dataclass(frozen=True, eq=False)
 class NearbyRuns:
     """The runs of one stack."""
 
-    runs: tuple[tuple[str, str, str, str, int, float], ...]
-    """id, source, model, accelerator, devices, left-out error."""
+    runs: tuple[KnownRun, ...]
     places: np.ndarray
     """[runs, features], over `LENGTHS`."""
     log_ratio: np.ndarray
@@ -103,16 +106,22 @@ class NearbyRuns:
         variance = AMPLITUDE**2 - np.sum((towards @ factor.T) ** 2, axis=1) + typical**2
         return mean.reshape(shape), SPREAD_FACTOR * np.sqrt(np.maximum(variance, typical**2)).reshape(shape)
 
-    def nearest(self, graph: StepGraph, cluster: Cluster, count: int, software_year: float | None = None) -> list[Neighbour]:
-        """The runs nearest to one plan, nearest first."""
+    def nearest(self, graph: StepGraph, cluster: Cluster, count: int, software_year: float | None = None) -> list[tuple[float, KnownRun]]:
+        """(distance in the units of `LENGTHS`, run) of the runs nearest to one plan, nearest first."""
+        distances = self._distances(graph, cluster, software_year)
+        return [(float(distances[i]), self.runs[i]) for i in np.argsort(distances, kind="stable")[:count].tolist()]
+
+    def same(self, graph: StepGraph, cluster: Cluster, measured_step_s: float, software_year: float | None = None) -> KnownRun | None:
+        """The run that a measurement is, whatever it is called: at the same place, with the same time."""
+        distances = self._distances(graph, cluster, software_year)
+        for i in np.flatnonzero(distances < SAME_PLACE).tolist():
+            if math.isclose(self.runs[i].measured_step_s, measured_step_s, rel_tol=SAME_TIME_FRACTION):
+                return self.runs[i]
+        return None
+
+    def _distances(self, graph: StepGraph, cluster: Cluster, software_year: float | None) -> np.ndarray:
         place = features_of(graph, cluster, software_year or self.last_year) / _LENGTHS
-        distances = np.sqrt(np.sum((self.places - place) ** 2, axis=1))
-        order = np.argsort(distances, kind="stable")[:count]
-        found = []
-        for i in order.tolist():
-            name, source, model, accelerator, num_devices, error = self.runs[i]
-            found.append(Neighbour(name, source, model, accelerator, num_devices, float(distances[i]), error))
-        return found
+        return np.asarray(np.sqrt(np.sum((self.places - place) ** 2, axis=1)))
 
 
 def _kernel(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -172,18 +181,6 @@ def _rows() -> list[dict[str, str]]:
 
 
 @lru_cache(maxsize=64)
-def left_out_results(stack: str) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """Of the runs that a stack was fitted to: (source, id) -> measured seconds, error and spread by a fit without the run and its like."""
-    numbers = ("measured_step_s", "left_out_error_fraction", "left_out_spread")
-    found = {}
-    for row in _rows():
-        if row["stack"] == stack:
-            measured_s, error, spread = (float(row[name]) for name in numbers)
-            found[row["source"], row["id"]] = (measured_s, error, spread)
-    return found
-
-
-@lru_cache(maxsize=64)
 def load_nearby(stack: str) -> NearbyRuns | None:
     """The shipped runs of a stack; None where there are none."""
     rows = [row for row in _rows() if row["stack"] == stack]
@@ -193,8 +190,12 @@ def load_nearby(stack: str) -> NearbyRuns | None:
 def make_nearby(rows: Sequence[dict[str, Any]]) -> NearbyRuns:
     """Runs from rows of the table."""
     places = np.array([[float(row[name]) for name in FEATURES] for row in rows])
-    named = tuple(
-        (row["id"], row["source"], row["model"], row["accelerator"], int(row["num_devices"]), float(row["left_out_error_fraction"])) for row in rows
-    )
+    known = tuple(
+        KnownRun(
+            row["id"], row["source"], row["model"], row["accelerator"], int(row["num_devices"]), float(row["measured_step_s"]),
+            float(row["left_out_error_fraction"]), float(row["left_out_spread"]),
+        )
+        for row in rows
+    )  # fmt: skip
     log_ratio, noise = (np.array([float(row[name]) for row in rows]) for name in ("log_ratio", "noise"))
-    return NearbyRuns(named, places / _LENGTHS, log_ratio, noise, float(places[:, FEATURES.index("software_year")].max()))
+    return NearbyRuns(known, places / _LENGTHS, log_ratio, noise, float(places[:, FEATURES.index("software_year")].max()))

@@ -193,6 +193,7 @@ def _evidence(steps: Sequence[Measured], is_known: np.ndarray, log_ratio: np.nda
                     "log_ratio": round(float(ratio), 5),
                     "noise": round(float(own_noise), 5),
                     "left_out_error_fraction": 0.0,
+                    "left_out_spread": 0.0,
                 }
             )
     order = {step.name: i for i, step in enumerate(steps)}

@@ -17,13 +17,14 @@ from planner.assemble import QUANTILE_90
 from planner.errors import InputError, shorten
 from planner.estimate import estimate
 from planner.files import to_json
-from planner.graph import model_flops_per_token
+from planner.graph import build_step_graph, model_flops_per_token
 from planner.layout import describe_layout
 from planner.measured_requests import inferred, to_request
 from planner.measurements import Measurement, read_rows
-from planner.nearby import left_out_results
+from planner.nearby import KnownRun
 from planner.op_cost import Numerics
 from planner.plan import Plan
+from planner.resolve import resolve
 from planner.summaries import BASELINE_MFU, Judged, TimeSummary, choices, group_times, summarize_choices, summarize_times
 from planner.units import GIB, MIB
 
@@ -31,8 +32,6 @@ __all__ = ["ErrorSummary", "RowResult", "Skipped", "ValidationReport", "memory_k
 
 JOB_COLUMNS = ("source", "model", "accelerator", "num_devices", "precision", "global_batch_size", "seq_len", "framework")
 """What rows have in common that differ in their layout alone."""
-SAME_FRACTION = 1e-3
-"""A row of the same source, id and time is the very row that a stack was fitted to."""
 STATES = ("weights", "gradients", "optimizer", "activations", "logits")
 OUTSIDE_TORCH = ("context", "communication_buffers")
 """What the framework's allocator does not count."""
@@ -293,8 +292,7 @@ def _result(row: Measurement) -> RowResult:
     plan = estimate(request)
     time, layout = plan.time.step_s, plan.layout
     measured = measured_step_s(row, request, plan.time.peak_flops_per_s)
-    known = left_out_results(request["stack"]).get((row.values.get("source", ""), row.id))
-    left_out = known if known is not None and measured is not None and math.isclose(known[0], measured, rel_tol=SAME_FRACTION) else None
+    left_out = None if measured is None else _known_run(plan, measured)
     if measured is None and published_gib is None:
         raise InputError.single("measured_step_s", None, "neither time nor memory was published in known terms", "leave the row out")
     memory = predicted_memory_bytes(plan, row.text("mem_definition"))
@@ -329,10 +327,21 @@ def _result(row: Measurement) -> RowResult:
         baseline_step_s=_baseline_step_s(plan),
         job_key=to_json([row.text(name) for name in JOB_COLUMNS]),
         is_left_out=left_out is not None,
-        judged_error_fraction=None if measured is None else time.value / measured - 1 if left_out is None else left_out[1],
-        judged_spread=None if left_out is None else left_out[2],
+        judged_error_fraction=None if measured is None else time.value / measured - 1 if left_out is None else left_out.left_out_error_fraction,
+        judged_spread=None if left_out is None else left_out.left_out_spread,
         assumptions=tuple(inferred(row)),
     )
+
+
+def _known_run(plan: Plan, measured_step_s: float) -> KnownRun | None:
+    """The run that the plan's stack was fitted to, where the measurement is one."""
+    job = resolve(plan.to_request())
+    if job.nearby is None:
+        return None
+    graph = build_step_graph(
+        job.model, job.workload, plan.layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
+    )
+    return job.nearby.same(graph, job.cluster, measured_step_s, job.software_year)
 
 
 def _baseline_step_s(plan: Plan) -> float:

@@ -273,7 +273,7 @@ def _correction(trace: Trace, key: str, path: str) -> Explanation:
         return explained(key, 0.0, "0", source=f"no measured runs of the stack {job.stack.name} are shipped")
     log_ratio, _ = nearby.correction(trace.graph, job.cluster, job.software_year)
     nearest = nearby.nearest(trace.graph, job.cluster, SHOWN_RUNS, job.software_year)
-    named = "; ".join(f"{run.model} on {run.num_devices} {run.accelerator} ({run.source}, {run.distance:.1f} away)" for run in nearest)
+    named = "; ".join(f"{run.model} on {run.num_devices} {run.accelerator} ({run.source}, {distance:.1f} away)" for distance, run in nearest)
     formulas = sum(trace.at(f"time.breakdown_s.{name}") for name in TimeBreakdown.PARTS if name != "correction")
     inputs = [
         Input("formulas_s", formulas, "all other parts of the step"),

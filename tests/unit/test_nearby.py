@@ -25,6 +25,9 @@ REQUEST: dict[str, Any] = {
 }  # fmt: skip
 
 
+KNOWN = {"left_out_error_fraction": 0.1, "left_out_spread": 0.1, "measured_step_s": 1.0}
+
+
 def graph_of(job: Job, layout: Layout) -> StepGraph:
     from planner.graph import build_step_graph
 
@@ -42,7 +45,7 @@ def planned(**layout: Any) -> tuple[Job, StepGraph, Cluster]:
 def runs_at(places: list[np.ndarray], log_ratio: list[float], noise: float = 0.02) -> NearbyRuns:
     rows = [
         {
-            "id": f"r{i}", "source": "a test", "model": "m", "accelerator": "h100-80gb-sxm", "num_devices": 8, "left_out_error_fraction": 0.1,
+            "id": f"r{i}", "source": "a test", "model": "m", "accelerator": "h100-80gb-sxm", "num_devices": 8, **KNOWN,
             "log_ratio": ratio, "noise": noise, **dict(zip(FEATURES, place, strict=True)),
         }
         for i, (place, ratio) in enumerate(zip(places, log_ratio, strict=True))
@@ -94,7 +97,7 @@ def test_names_are_nothing() -> None:
     _, graph, cluster = planned()
     runs = load_nearby("nemo")
     assert runs is not None
-    renamed = replace(runs, runs=tuple(("x", "y", "z", "w", 1, 0.0) for _ in runs.runs))
+    renamed = replace(runs, runs=tuple(replace(run, id="x", source="y", model="z", accelerator="w") for run in runs.runs))
     assert runs.correction(graph, cluster) == renamed.correction(graph, cluster)
 
 
@@ -118,7 +121,7 @@ def test_a_run_that_disagrees_with_its_neighbours_is_noise() -> None:
     assert noise[-1] > 5 * noise[:-1].max()
     mean, _ = runs_at(list(places), ratios.tolist()).correction(graph, cluster, 2025.0)
     calmed = [
-        {"id": str(i), "source": "s", "model": "m", "accelerator": "a", "num_devices": 8, "left_out_error_fraction": 0.0, "log_ratio": r, "noise": n,
+        {"id": str(i), "source": "s", "model": "m", "accelerator": "a", "num_devices": 8, **KNOWN, "log_ratio": r, "noise": n,
          **dict(zip(FEATURES, p, strict=True))}
         for i, (p, r, n) in enumerate(zip(places, ratios, noise, strict=True))
     ]  # fmt: skip
