@@ -29,13 +29,16 @@ STACKS: tuple[tuple[str, str], ...] = (
     (r"hf trainer|zero|deepspeed|xtuner|colossalai", "deepspeed"),
     (r"modded-nanogpt|nanochat", "torch-compile"),
     (r"megatron-lm|metaseq", "megatron-2021"),
-    (r"nemo|megatron-bridge|nvidia|ngc", "nemo"),
+    (r"nemo|megatron-bridge|nvidia|ngc|rocm|llmboost", "nemo"),
     (r"megatron|megascale|hai-llm|meta internal", "megatron-core"),
     (r"reftrain", "reftrain"),
     (r"litgpt", "litgpt"),
     (r"nanotron", "nanotron"),
     (r"", "torch-eager"),
 )
+NEMO_CONFIG = re.compile(r"config_\S+_\d+x\d+x\d+xtp\d+pp\d+cp\d+")
+"""Name of a configuration file of NeMo's scripts for a cluster: nodes, devices, accumulation, layout. Submissions that say only PyTorch or
+ROCm have them too."""
 LAST_YEAR_OF_UNFUSED_ATTENTION = 2022
 """Megatron's flash attention arrived in 2023; rows of the same name from then on run on Megatron-Core. Megatron-DeepSpeed's copy of it has to
 be asked for."""
@@ -83,6 +86,8 @@ def stack_of(row: Measurement) -> str:
         return SUCCESSORS[name]
     if name in GPU_STACKS and row.text("accelerator") and not row.text("accelerator").startswith("tpu"):
         return GPU_STACKS[name]
+    if name == "torch-eager" and NEMO_CONFIG.search(row.text("notes")):
+        return "nemo"
     if name == "torch-eager" and row.text("compile") == "true":
         return "torch-compile"
     return name
