@@ -46,10 +46,10 @@ def refuse(row: Measurement, column: str, rule: str) -> InputError:
 
 
 def _with_noted(row: Measurement) -> Measurement:
-    """A GPT with experts, with blank columns filled from its notes, under the name of its stand-in."""
-    if row.text("arch_family") != "gpt-moe":
-        return row
+    """A GPT or Mixtral with experts, with blank columns filled from its notes, under the name of its stand-in."""
     found = {column: match[1] for column, pattern in NOTED.items() if not row.text(column) and (match := re.search(pattern, row.text("notes")))}
+    if row.text("arch_family") != "gpt-moe" and not (row.text("arch_family") == "mixtral-moe" and found):
+        return row
     values = row.values | found
     needs_shared = values.get("shared_ffn_hidden", "0") != "0" or values.get("num_dense_layers", "0") != "0"
     family = "deepseek-moe" if values.get("kv_lora_rank") else "gpt-moe-shared" if needs_shared else "gpt-moe"
@@ -96,7 +96,8 @@ def inferred_of_model(row: Measurement) -> list[str]:
         said.append("ffn_hidden: four times hidden_size")
     is_grouped = family in ("gpt", "gpt2") and row.text("num_kv_heads") not in ("", row.text("num_heads"))
     if family in STAND_INS or is_grouped:
-        said.append(f"architecture {family}: {FAMILIES[_with_noted(row).text('arch_family')][0] if not is_grouped else 'gpt_neox'}, with equal matmuls")
+        stand_in = "gpt-grouped" if is_grouped else _with_noted(row).text("arch_family")
+        said.append(f"architecture {family}: {FAMILIES[stand_in][0]}, with equal matmuls")
     return said
 
 
@@ -179,8 +180,9 @@ def _experts(row: Measurement, model_type: str, width: int) -> dict[str, Any]:
     if model_type == "deepseek_v3":
         return {
             "n_routed_experts": experts, "num_experts_per_tok": per_token, "moe_intermediate_size": inner, "n_shared_experts": shared // inner,
-            "first_k_dense_replace": dense, "num_nextn_predict_layers": row.count("mtp_layers", 0), "q_lora_rank": row.count("q_lora_rank", 0), "kv_lora_rank": row.count("kv_lora_rank"),
+            "first_k_dense_replace": dense, "q_lora_rank": row.count("q_lora_rank", 0), "kv_lora_rank": row.count("kv_lora_rank"),
             **{name: row.count(name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
+            **({"num_nextn_predict_layers": row.count("mtp_layers")} if row.text("mtp_layers") else {}),
         }  # fmt: skip
     mixture: dict[str, Any] = {
         "num_experts": experts, "num_experts_per_tok": per_token, "moe_intermediate_size": inner, "mlp_only_layers": list(range(dense)),
