@@ -61,7 +61,7 @@ FULLY_SHARDED_STACKS = ("maxtext", "xla-gpu")
 """MaxText: ici_fsdp_parallelism -1, over all chips that no other axis takes; and no accumulation of gradients."""
 FULLY_RECOMPUTED_STACKS = ("maxtext", "xla-gpu")
 """MaxText: remat_policy full."""
-FULLY_RECOMPUTED = re.compile(r"swift|xtuner \(")
+FULLY_RECOMPUTED = re.compile(r"ms-swift|xtuner \(")
 """ms-swift: gradient_checkpointing; XTuner's own trainer: activation_checkpointing; both on."""
 EXPERT_PARALLEL_STACKS = ("nemo", "megatron-core")
 LEAST_HARDWARE_FLOPS_FACTOR = 1.25
