@@ -117,11 +117,12 @@ def model_of(row: Measurement, has_dropout: bool) -> dict[str, Any]:
     if row.text("tied_embeddings") in ("true", "false"):
         common["tie_word_embeddings"] = row.text("tied_embeddings") == "true"
     positions = row.count("seq_len")
+    dropout = GELU_DROPOUT if has_dropout else 0.0
+    dropped = {"attention_dropout": dropout, "hidden_dropout": dropout}
     if model_type == "gpt2" and kv_heads != heads:
         model_type, serial = FAMILIES["gpt-grouped"]
-        common |= {**serial, "model_type": model_type}
+        common |= {**serial, "model_type": model_type, **dropped}
     if model_type == "gpt2":
-        dropout = GELU_DROPOUT if has_dropout else 0.0
         return common | {
             "n_embd": hidden, "n_layer": layers, "n_head": heads, "n_inner": width, "n_positions": positions,
             "attn_pdrop": dropout, "resid_pdrop": dropout,
@@ -141,6 +142,8 @@ def model_of(row: Measurement, has_dropout: bool) -> dict[str, Any]:
     if model_type == "opt":
         return common | sizes | {"ffn_dim": width}
     sizes |= {"num_key_value_heads": kv_heads, "intermediate_size": width}
+    if row.text("gated"):
+        sizes |= dropped
     if row.number("head_dim"):
         sizes["head_dim"] = row.count("head_dim")
     return common | sizes | (_experts(row, model_type, width) if row.number("num_experts") else {})

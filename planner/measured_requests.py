@@ -126,9 +126,6 @@ def _workload(row: Measurement) -> dict[str, Any]:
 def _recompute(row: Measurement) -> str:
     """As published; a part of each block as the nearest of none, selective and full."""
     published = row.text("recompute")
-    modules = re.findall(r"\w+", published.partition("modules=")[2])
-    if "mlp" in modules and not row.number("num_experts"):
-        return "full"  # most of a dense block
     is_usual = stack_of(row) in FULLY_RECOMPUTED_STACKS or FULLY_RECOMPUTED.search(row.text("framework"))
     default = "full" if is_usual or _counts_recompute(row) else "none"
     return next((name for name in ("full", "selective", "none") if published.startswith(name)), default)

@@ -73,6 +73,14 @@ def test_gpt_with_experts_gated_or_not() -> None:
     assert said(plain, "architecture gpt-moe")
 
 
+def test_stand_ins_of_megatrons_gpt_drop_out_as_it_does() -> None:
+    heads = {"num_heads": "32", "num_kv_heads": "8", "hidden_size": "4096"}
+    for cells in (MIXTURE, heads, {}):
+        for framework, rate in (("Megatron-LM/Core CI", 0.1), ("NeMo 2/Megatron-Core", 0.0)):
+            spec = load_model(to_request(changed(**cells, framework=framework, year="2025"))["model"])
+            assert (spec.hidden_dropout, spec.attention_dropout) == (rate, rate)
+
+
 def test_notes_of_experts_and_latent_attention_are_read() -> None:
     notes = "moe ffn 1024; moe layer freq ([0]*1+[1]*11); shared expert 512; no glu"
     model = to_request(changed(**MIXTURE, notes=notes))["model"]
@@ -120,7 +128,7 @@ def test_experts_without_a_column_take_the_fewest_ranks_with_which_they_fit() ->
     [
         ({"recompute": "full (uniform, 1 layers)"}, "full"),
         ({"recompute": "selective modules=core_attn"}, "selective"),
-        ({"recompute": "selective modules=mlp,core_attn"}, "full"),
+        ({"recompute": "selective modules=mlp,core_attn"}, "selective"),
         ({"recompute": ""}, "none"),
         ({"recompute": "", "framework": "ms-swift DeepSpeed", "micro_batch_size": "1"}, "full"),
         ({"recompute": "", "flops_definition": "unknown", "implied_flops_per_token": "8e9", "model_flops_per_token_6N_attn_full": "6e9"}, "full"),
