@@ -132,7 +132,7 @@ def model_of(row: Measurement, has_dropout: bool) -> dict[str, Any]:
         return common | ratio | {"d_model": hidden, "n_layers": layers, "n_heads": heads, "max_seq_len": positions}
     if model_type == "bloom":
         return common | {"hidden_size": hidden, "n_layer": layers, "n_head": heads, "seq_length": positions}
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": positions}
+    sizes: dict[str, Any] = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": positions}
     if model_type == "falcon":
         return (
             common
