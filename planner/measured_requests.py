@@ -5,15 +5,17 @@ InputError, whose text is the reason for skipping it.
 
 What a blank means: tp, pp, cp, ep, vpp: 1, unless nothing at all is known of the layout; sequence parallelism: on where
 Megatron-Core or NeMo split tensors, off elsewhere; optimizer: AdamW; recompute: none; ZeRO: none, but 1 with Megatron-DeepSpeed and
-NeMo; LoRA: the adapters that the framework puts on by default.
+NeMo, and full with MaxText; LoRA: the adapters that the framework puts on by default. `inferred` lists what was taken for a row.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
-from planner.measured_models import model_of, refuse
+from planner.estimate import estimate
+from planner.measured_models import inferred_of_model, model_of, refuse
 from planner.measurements import Measurement
 
 __all__ = ["inferred", "stack_of", "to_request"]
@@ -29,13 +31,16 @@ STACKS: tuple[tuple[str, str], ...] = (
     (r"hf trainer|zero|deepspeed|xtuner|colossalai", "deepspeed"),
     (r"modded-nanogpt|nanochat", "torch-compile"),
     (r"megatron-lm|metaseq", "megatron-2021"),
-    (r"nemo|megatron-bridge|nvidia|ngc", "nemo"),
+    (r"nemo|megatron-bridge|nvidia|ngc|rocm|llmboost", "nemo"),
     (r"megatron|megascale|hai-llm|meta internal", "megatron-core"),
     (r"reftrain", "reftrain"),
     (r"litgpt", "litgpt"),
     (r"nanotron", "nanotron"),
     (r"", "torch-eager"),
 )
+NEMO_CONFIG = re.compile(r"config_\S+_\d+x\d+x\d+xtp\d+pp\d+cp\d+")
+"""Name of a configuration file of NeMo's scripts for a cluster: nodes, devices, accumulation, layout. Submissions that say only PyTorch or
+ROCm have them too."""
 LAST_YEAR_OF_UNFUSED_ATTENTION = 2022
 """Megatron's flash attention arrived in 2023; rows of the same name from then on run on Megatron-Core. Megatron-DeepSpeed's copy of it has to
 be asked for."""
@@ -54,8 +59,16 @@ ZERO_1_STACKS = ("megatron-deepspeed", "nemo")
 """BigScience's scripts set ZERO_STAGE=1, NeMo's recipes use_distributed_optimizer."""
 FULLY_SHARDED_STACKS = ("maxtext", "xla-gpu")
 """MaxText: ici_fsdp_parallelism -1, over all chips that no other axis takes; and no accumulation of gradients."""
-FULLY_RECOMPUTED_STACKS = ("maxtext", "xla-gpu")
-"""MaxText: remat_policy full."""
+PARTLY_RECOMPUTED_STACKS = ("maxtext", "xla-gpu")
+"""MaxText's recipes set a remat_policy between `minimal` and `full`, and mostly do not fit without one."""
+FULLY_RECOMPUTED = re.compile(r"ms-swift|xtuner \(")
+"""ms-swift: gradient_checkpointing; XTuner's own trainer: activation_checkpointing; both on."""
+EXPERT_PARALLEL_STACKS = ("nemo", "megatron-core")
+LEAST_HARDWARE_FLOPS_FACTOR = 1.25
+"""Of the model's FLOPs per token; a block run forward twice makes them 8/6."""
+BATCH_PER_RANK = re.compile(r"batch size per dp (\d+)")
+PACKED = '"sequence_packing": "offline"'
+"""NeMo and Megatron-Bridge take packed sequences one by one."""
 ACCELERATORS = {
     "mi250x-gcd": "mi250x",
     "a100-80gb-sxm (40/80 not stated)": "a100-80gb-sxm",
@@ -83,6 +96,8 @@ def stack_of(row: Measurement) -> str:
         return SUCCESSORS[name]
     if name in GPU_STACKS and row.text("accelerator") and not row.text("accelerator").startswith("tpu"):
         return GPU_STACKS[name]
+    if name == "torch-eager" and NEMO_CONFIG.search(row.text("notes")):
+        return "nemo"
     if name == "torch-eager" and row.text("compile") == "true":
         return "torch-compile"
     return name
@@ -96,18 +111,45 @@ def _workload(row: Measurement) -> dict[str, Any]:
     optimizer = next((name for pattern, name in OPTIMIZERS if re.search(pattern, row.text("optimizer"))), "")
     if not optimizer:
         raise refuse(row, "optimizer", "is no optimizer of the planner")
-    default = "full" if stack_of(row) in FULLY_RECOMPUTED_STACKS else "none"
-    recompute = next((name for name in ("full", "selective", "none") if row.text("recompute").startswith(name)), default)
     kernel = row.text("attention_kernel")
     found = "unfused" if "unfused" in kernel else "flash" if any(word in kernel for word in ("flash", "te", "sdpa")) else "auto"
     precision = row.text("precision")
     if not precision:
         raise refuse(row, "precision", "was not published")
     return _adapters(row, jobs[job]) | {
-        "job": jobs[job], "seq_len": _seq_len(row), "global_batch_size": row.count("global_batch_size", _least_batch(row)), "tokens": 1e12,
+        "job": jobs[job], "seq_len": _seq_len(row), "global_batch_size": _global_batch_size(row), "tokens": 1e12,
         "loss_kernel": _loss_kernel(row), "activation_input": row.text("activation_input") or "compute",
-        "precision": precision, "optimizer": optimizer, "recompute": recompute, "attention_kernel": found,
+        "precision": precision, "optimizer": optimizer, "recompute": _recompute(row), "attention_kernel": found,
     }  # fmt: skip
+
+
+def _recompute(row: Measurement) -> str:
+    """As published; a part of each block as the nearest of none, selective and full."""
+    published = row.text("recompute")
+    is_full = FULLY_RECOMPUTED.search(row.text("framework")) or _counts_recompute(row)
+    default = "full" if is_full else "selective" if stack_of(row) in PARTLY_RECOMPUTED_STACKS else "none"
+    return next((name for name in ("full", "selective", "none") if published.startswith(name)), default)
+
+
+def _counts_recompute(row: Measurement) -> bool:
+    """Whether published FLOP/s over tokens/s are those of a model run forward twice, and not said to be the model's alone."""
+    counted, model = row.number("implied_flops_per_token"), row.number("model_flops_per_token_6N_attn_full")
+    is_model = row.text("flops_definition").startswith("model")
+    return not is_model and counted is not None and model is not None and counted > LEAST_HARDWARE_FLOPS_FACTOR * model
+
+
+def _global_batch_size(row: Measurement) -> int:
+    """As published, or for each data-parallel rank."""
+    each = BATCH_PER_RANK.search(row.text("notes"))
+    return row.count("global_batch_size", int(each[1]) * row.count("dp") if each and row.text("dp") else _least_batch(row))
+
+
+def _num_devices(row: Measurement) -> int:
+    """As published; for a peak alone without sharding over replicas, of which there may be any number, the fewest of the layout."""
+    if row.text("num_devices") or not _is_memory_alone(row) or row.text("zero_stage") != "0":
+        return row.count("num_devices")
+    inner = row.count("tp", 1) * row.count("cp", 1)
+    return inner * row.count("pp", 1) * max(row.count("dp", 1), math.ceil(row.count("ep", 1) / inner))
 
 
 def _loss_kernel(row: Measurement) -> str:
@@ -142,7 +184,7 @@ def _least_batch(row: Measurement) -> int | None:
     """For a row without a batch: the fewest sequences that fill its pipeline twice, from where on the peak does not grow; None with a time."""
     if not _is_memory_alone(row):
         return None
-    ranks = row.count("num_devices") // (row.count("tp", 1) * row.count("pp", 1) * row.count("cp", 1))
+    ranks = _num_devices(row) // (row.count("tp", 1) * row.count("pp", 1) * row.count("cp", 1))
     return max(ranks, 1) * row.count("micro_batch_size", 1) * 2 * row.count("pp", 1)
 
 
@@ -156,7 +198,7 @@ ADAPTERS: tuple[tuple[str, dict[str, Any]], ...] = (
 def _adapters(row: Measurement, job: str) -> dict[str, Any]:
     if job != "lora":
         return {}
-    found = dict(next((keys for pattern, keys in ADAPTERS if re.search(pattern, row.text("framework"))), {}))
+    found = dict(next((keys for pattern, keys in ADAPTERS if re.search(pattern, f"{row.text('framework')} {stack_of(row)}")), {}))
     if row.text("lora_targets"):
         found |= {"lora_rank": row.count("lora_rank"), "lora_targets": row.text("lora_targets"), "lora_dropout": row.number("lora_dropout") or 0.0}
     is_quantized = row.text("job") == "qlora"
@@ -165,7 +207,7 @@ def _adapters(row: Measurement, job: str) -> dict[str, Any]:
 
 
 def _layout(row: Measurement, stack: str, workload: dict[str, Any]) -> dict[str, Any]:
-    world = row.count("num_devices")
+    world = _num_devices(row)
     tp, pp, cp, ep, chunks = (row.count(name, 1) for name in ("tp", "pp", "cp", "ep", "vpp"))
     known, cores = row.number("dp"), CORES_PER_CHIP.get(row.text("accelerator"), 1)
     if known is not None and known * tp * pp * cp == world * cores and tp % cores == 0:
@@ -174,8 +216,8 @@ def _layout(row: Measurement, stack: str, workload: dict[str, Any]) -> dict[str,
     is_plain = world == 1 or is_default or row.text("sharding").startswith(("fsdp", "zero-3", "ddp", "none")) or row.text("zero_stage") == "3"
     if row.number("tp") is None and row.number("pp") is None and known != world and not is_plain:
         raise refuse(row, "tp", "no part of the layout was published")
-    if "offload" in row.text("sharding") or row.text("offload") == "true":
-        raise refuse(row, "sharding", "states kept in host memory cannot be expressed")
+    if "offload" in row.text("sharding") or row.text("offload") == "true" or "activation offloading" in row.text("notes"):
+        raise refuse(row, "sharding", "states or activations kept in host memory cannot be expressed")
     if world % (tp * pp * cp):
         raise refuse(row, "num_devices", f"is no multiple of tp*pp*cp = {tp * pp * cp}")
     dp = world // (tp * pp * cp)
@@ -185,10 +227,7 @@ def _layout(row: Measurement, stack: str, workload: dict[str, Any]) -> dict[str,
     zero = int(stage) if stage in ("0", "1", "2", "3") else row.count("zero_stage")
     inner = re.search(r"(?:fsdp|group) (\d+)", row.text("sharding"))
     shard = 1 if zero == 0 else min(int(inner[1]), dp) if inner else dp
-    batch, accumulated = workload["global_batch_size"], row.number("grad_accum")
-    micro = row.count("micro_batch_size", 0) or (int(batch // (dp * (accumulated or 1))) if accumulated or is_default else 0)
-    if not micro:
-        raise refuse(row, "micro_batch_size", "was not published")
+    micro = _micro_batch_size(row, stack, workload["global_batch_size"] / dp, pp)
     parallel = row.text("sp") == "true" or (not row.text("sp") and stack in ("megatron-core", "nemo"))
     return {
         "dp_replicate": dp // shard, "dp_shard": shard, "tp": tp, "cp": cp, "pp": pp, "ep": ep,
@@ -197,10 +236,46 @@ def _layout(row: Measurement, stack: str, workload: dict[str, Any]) -> dict[str,
     }  # fmt: skip
 
 
+def _micro_batch_size(row: Measurement, stack: str, rank_batch: float, pp: int) -> int:
+    """As published, or where it follows from sequences per rank: how many parts they are cut in, or one sequence of packed documents."""
+    is_whole = stack in FULLY_SHARDED_STACKS or (pp == 1 and BATCH_PER_RANK.search(row.text("notes")))
+    accumulated = row.number("grad_accum") or (1 if is_whole else None)
+    default = int(rank_batch // accumulated) if accumulated else 1 if stack == "nemo" and PACKED in row.text("notes") else 0
+    found = row.count("micro_batch_size", 0) or default
+    if not found:
+        raise refuse(row, "micro_batch_size", "was not published")
+    return found
+
+
+def _whole_rounds(row: Measurement, request: dict[str, Any]) -> dict[str, Any]:
+    """For a peak alone: an interleaved schedule with its microbatches rounded up to a multiple of the stages; the peak does not grow with them."""
+    layout, workload = request["layout"], request["workload"]
+    if layout["schedule"] != "interleaved_1f1b" or not _is_memory_alone(row):
+        return request
+    round_size = layout["dp_replicate"] * layout["dp_shard"] * layout["micro_batch_size"] * layout["pp"]
+    batch = math.ceil(workload["global_batch_size"] / round_size) * round_size
+    return request | {"workload": workload | {"global_batch_size": batch}}
+
+
+def _spread_experts(row: Measurement, request: dict[str, Any]) -> dict[str, Any]:
+    """Where a table has no column for it: experts on the fewest ranks with which the job fits."""
+    layout = request["layout"]
+    ranks = layout["dp_replicate"] * layout["dp_shard"] * layout["cp"] * layout["tp"]
+    if row.text("ep") or not row.number("num_experts") or request["stack"] not in EXPERT_PARALLEL_STACKS:
+        return request
+    for ep in (2**i for i in range(ranks.bit_length())):
+        if row.count("num_experts") % ep or ranks % ep:
+            break
+        spread = request | {"layout": layout | {"ep": ep}}
+        if estimate(spread).memory.fits:
+            return spread
+    return request
+
+
 def _cluster(row: Measurement) -> dict[str, Any]:
     """The machine: the catalog's, or what a row says of its nodes and network."""
     accelerator, notes = row.text("accelerator"), row.text("notes")
-    cluster: dict[str, Any] = {"accelerator": ACCELERATORS.get(accelerator, accelerator), "num_devices": row.count("num_devices")}
+    cluster: dict[str, Any] = {"accelerator": ACCELERATORS.get(accelerator, accelerator), "num_devices": _num_devices(row)}
     if row.number("domain_size"):
         cluster["domain_size"] = row.count("domain_size")
     fabric, in_all, node = FABRIC.search(notes), FABRIC_IN_ALL.search(notes), DEVICES_PER_NODE.search(notes)
@@ -212,18 +287,52 @@ def _cluster(row: Measurement) -> dict[str, Any]:
     return cluster
 
 
-def inferred(row: Measurement) -> list[str]:
-    """What a blank was taken to mean, in words, for a row that can be expressed."""
-    request = to_request(row)
-    layout, workload = request["layout"], request["workload"]
+def inferred(row: Measurement, request: dict[str, Any] | None = None) -> tuple[str, ...]:
+    """What a blank was taken to mean, in words, for a row that can be expressed.
+
+    Args:
+        request: of the row, where it is known already.
+    """
+    request = to_request(row) if request is None else request
+    layout, workload, cluster = request["layout"], request["workload"], request["cluster"]
     guesses = {
         "tp": layout["tp"], "pp": layout["pp"], "cp": layout["cp"], "ep": layout["ep"], "zero_stage": layout["zero_stage"],
         "micro_batch_size": layout["micro_batch_size"], "recompute": workload["recompute"], "optimizer": workload["optimizer"],
-        "sp": layout["sequence_parallel"], "global_batch_size": workload["global_batch_size"],
+        "sp": layout["sequence_parallel"], "global_batch_size": workload["global_batch_size"], "num_devices": cluster["num_devices"],
     }  # fmt: skip
-    said = [f"{name} {value}: not published; what {request['stack']} does by default" for name, value in guesses.items() if not row.text(name)]
-    machine = {name: value for name, value in request["cluster"].items() if name in ("network", "node_size")}
-    return said + [f"{name} {value}: from the row's notes" for name, value in machine.items()]
+    for name, matters in {"ep": row.number("num_experts"), "sp": layout["tp"] > 1}.items():
+        if not matters:
+            del guesses[name]
+    why = dict.fromkeys(guesses, f"what {request['stack']} does by default") | _why(row)
+    said = [f"{name} {value}: not published; {why[name]}" for name, value in guesses.items() if not row.text(name)]
+    if "modules=" in row.text("recompute"):
+        said.append(f"recompute {workload['recompute']}: published as {row.text('recompute')}, of which it is the nearest")
+    if row.number("tp") not in (None, layout["tp"]):
+        said.append(f"tp {layout['tp']}: in chips, published in cores as {row.text('tp')}")
+    if row.number("global_batch_size") not in (None, workload["global_batch_size"]):
+        said.append(f"global_batch_size {workload['global_batch_size']}: published as {row.text('global_batch_size')}; whole rounds of the schedule")
+    if "lora_rank" in workload and not row.text("lora_rank"):
+        said.append(f"adapters of rank {workload['lora_rank']} on {workload['lora_targets']}: what the framework puts on by default")
+    machine = {name: value for name, value in cluster.items() if name in ("network", "node_size")}
+    return (*said, *(f"{name} {value}: from the row's notes" for name, value in machine.items()), *inferred_of_model(row))
+
+
+def _why(row: Measurement) -> dict[str, str]:
+    """Where a value comes from that no default gives."""
+    found = {"num_devices": "the fewest of the layout, which replicas do not change", "ep": "the fewest ranks with which the job fits"}
+    if row.text("ep") or stack_of(row) not in EXPERT_PARALLEL_STACKS:
+        del found["ep"]
+    if PACKED in row.text("notes"):
+        found["micro_batch_size"] = "packed sequences go one by one"
+    if row.text("grad_accum"):
+        found["micro_batch_size"] = "the batch over ranks and accumulation"
+    if BATCH_PER_RANK.search(row.text("notes")):
+        found |= dict.fromkeys(("micro_batch_size", "global_batch_size"), "from the batch per rank in the row's notes, not accumulated")
+    elif _is_memory_alone(row):
+        found["global_batch_size"] = "enough that the peak does not grow with it"
+    if _counts_recompute(row):
+        found["recompute"] = "published FLOPs per token are a third above the model's"
+    return found
 
 
 def to_request(row: Measurement) -> dict[str, Any]:
@@ -234,7 +343,7 @@ def to_request(row: Measurement) -> dict[str, Any]:
     """
     stack = stack_of(row)
     workload = _workload(row)
-    return {
+    request = {
         "model": model_of(row, stack in UNFUSED_STACKS or "megatron-lm" in row.text("framework")),
         "workload": workload,
         "cluster": _cluster(row),
@@ -242,3 +351,4 @@ def to_request(row: Measurement) -> dict[str, Any]:
         "software_year": row.software_year,
         "layout": _layout(row, stack, workload),
     }
+    return _spread_experts(row, _whole_rounds(row, request))

@@ -19,6 +19,8 @@ from planner.files import read_text
 __all__ = ["REQUIRED_COLUMNS", "Measurement", "read_rows"]
 
 MAX_BYTES = 32 << 20
+UNTUNED = ("not performance-tuned", "not credible")
+"""Words of notes on rows of which little can be learned."""
 REQUIRED_COLUMNS = ("id", "source", "framework", "year", "arch_family", "seq_len", "accelerator", "num_devices", "precision", "global_batch_size")
 
 
@@ -39,9 +41,9 @@ class Measurement:
 
     @property
     def is_consistent(self) -> bool:
-        """Whether the row's published figures agree with each other, as far as that was checked."""
-        flag = self.text("consistency_flag")
-        return not flag or flag.startswith(("ok", "unchecked"))
+        """Whether the row's published figures agree with each other, as far as that was checked, and are of a run that was meant to be fast."""
+        flag, notes = self.text("consistency_flag"), self.text("notes")
+        return (not flag or flag.startswith(("ok", "unchecked"))) and not any(word in notes for word in UNTUNED)
 
     @property
     def software_year(self) -> float | None:

@@ -26,8 +26,9 @@ __all__ = ["FEATURES", "KnownRun", "NearbyRuns", "features_of", "load_nearby", "
 Array = Any
 AMPLITUDE = 0.18
 """Standard deviation of log(measured / formulas) over runs, before any is seen."""
-SPREAD_FACTOR = 0.9
-"""Of the spread, so that 80% intervals hold for 80% of runs that were left out."""
+SPREAD_FACTOR, ELSEWHERE = 0.85, 0.12
+"""Of the spread near known runs, and added far from them: so that 80% intervals hold for at least 80% of runs that were left out with
+their like, and for as many as may be of runs of which the whole source was left out."""
 SAME_PLACE, SAME_TIME_FRACTION = 1.5, 0.01
 """Within these a measurement is a run that is known already. The place is generous: tables differ in release dates and paddings."""
 FAR = 16.0
@@ -85,26 +86,44 @@ class NearbyRuns:
     last_year: float = 0.0
     """Of the newest software measured; what a plan is for that names none."""
 
-    def correction(self, graph: StepGraph, cluster: Cluster, software_year: float | None = None) -> tuple[Array, Array]:
-        """(expected log(measured / formulas), its spread), numbers or [n].
+    def log_ratio_at(self, graph: StepGraph, cluster: Cluster, software_year: float | None = None) -> Array:
+        """Expected log(measured / formulas), a number or [n].
 
         Formula: with k(x, y) = AMPLITUDE^2 exp(-|x - y|^2 / 2), K the runs' k among themselves plus their noise^2 on the diagonal, and k* theirs
-        with the plan: mean k* K^-1 r, variance AMPLITUDE^2 - k* K^-1 k*^T + the median noise^2.
+        with the plan: k* K^-1 r, over runs whose distance from the job is under `FAR`.
 
         Source: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, section 2.2.
         """
-        places = features_of(graph, cluster, software_year or self.last_year) / _LENGTHS
-        shape = places.shape[:-1]
-        flat = places.reshape(-1, len(FEATURES))
-        near = np.sum((self.places[:, ~_IS_OF_LAYOUT] - flat[0, ~_IS_OF_LAYOUT]) ** 2, axis=1) < FAR
-        typical = float(np.median(self.noise))
+        places, shape = self._flat(graph, cluster, software_year)
+        near = self._near(places)
         if not near.any():
-            return np.zeros(shape), np.full(shape, np.hypot(AMPLITUDE, typical))
-        own, weights, factor = _process(self, near.tobytes())
-        towards = _kernel(flat, own)
-        mean = towards @ weights
-        variance = AMPLITUDE**2 - np.sum((towards @ factor.T) ** 2, axis=1) + typical**2
-        return mean.reshape(shape), SPREAD_FACTOR * np.sqrt(np.maximum(variance, typical**2)).reshape(shape)
+            return np.zeros(shape)
+        return (_kernel(places, self.places[near]) @ _weights(self)[near]).reshape(shape)
+
+    def spread_at(self, graph: StepGraph, cluster: Cluster, software_year: float | None = None) -> Array:
+        """Standard deviation of log(measured / predicted), a number or [n].
+
+        Formula: SPREAD_FACTOR^2 (AMPLITUDE^2 - k* K^-1 k*^T + the median noise^2) + ELSEWHERE^2 (1 - exp(-d^2 / 2)), d the distance of the
+        nearest run: far from all of them the machine and its operators are unknown too.
+        """
+        places, shape = self._flat(graph, cluster, software_year)
+        near, typical = self._near(places), float(np.median(self.noise))
+        told = np.zeros(len(places))
+        if near.any():
+            towards = _kernel(places, self.places[near])
+            told = np.sum((towards @ _factor(self)[:, near].T) ** 2, axis=1)
+        squares = np.sum(places**2, axis=1)[:, None] + np.sum(self.places**2, axis=1) - 2 * places @ self.places.T
+        elsewhere = ELSEWHERE**2 * (1 - np.exp(-np.maximum(squares.min(axis=1), 0.0) / 2))
+        variance = SPREAD_FACTOR**2 * np.maximum(AMPLITUDE**2 - told + typical**2, typical**2)
+        return np.sqrt(variance + elsewhere).reshape(shape)
+
+    def _flat(self, graph: StepGraph, cluster: Cluster, software_year: float | None) -> tuple[np.ndarray, tuple[int, ...]]:
+        places = features_of(graph, cluster, software_year or self.last_year) / _LENGTHS
+        return places.reshape(-1, len(FEATURES)), places.shape[:-1]
+
+    def _near(self, places: np.ndarray) -> np.ndarray:
+        """Runs of jobs like this one, whatever their layouts."""
+        return np.asarray(np.sum((self.places[:, ~_IS_OF_LAYOUT] - places[0, ~_IS_OF_LAYOUT]) ** 2, axis=1) < FAR)
 
     def nearest(self, graph: StepGraph, cluster: Cluster, count: int, software_year: float | None = None) -> list[tuple[float, KnownRun]]:
         """(distance in the units of `LENGTHS`, run) of the runs nearest to one plan, nearest first."""
@@ -130,13 +149,22 @@ def _kernel(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.asarray(AMPLITUDE**2 * np.exp(-np.maximum(squares, 0.0) / 2))
 
 
-@lru_cache(maxsize=32)
-def _process(runs: NearbyRuns, near: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(places, K^-1 r, a factor F with F^T F = K^-1) of some of the runs."""
-    chosen = np.frombuffer(near, bool)
-    places, noise = runs.places[chosen], runs.noise[chosen]
-    factor = np.linalg.inv(np.linalg.cholesky(_kernel(places, places) + np.diag(noise**2)))
-    return places, factor.T @ (factor @ runs.log_ratio[chosen]), factor
+@lru_cache(maxsize=64)
+def _cholesky(runs: NearbyRuns) -> np.ndarray:
+    return np.linalg.cholesky(_kernel(runs.places, runs.places) + np.diag(runs.noise**2))
+
+
+@lru_cache(maxsize=64)
+def _weights(runs: NearbyRuns) -> np.ndarray:
+    """K^-1 r."""
+    lower = _cholesky(runs)
+    return np.asarray(np.linalg.solve(lower.T, np.linalg.solve(lower, runs.log_ratio)))
+
+
+@lru_cache(maxsize=8)
+def _factor(runs: NearbyRuns) -> np.ndarray:
+    """F with F^T F = K^-1."""
+    return np.asarray(np.linalg.inv(_cholesky(runs)))
 
 
 def run_noise(places: np.ndarray, log_ratio: np.ndarray, noise: float) -> np.ndarray:

@@ -157,8 +157,10 @@ def cross_validate(steps: Sequence[Measured], folds: np.ndarray) -> tuple[np.nda
         nearby = _nearby(_evidence(steps, ~is_out, np.log(measured_s / formulas_s)))
         for i in np.flatnonzero(is_out).tolist():
             step, runs = steps[i], nearby.get(steps[i].job.stack.name)
-            mean, own = (0.0, UNKNOWN_SPREAD) if runs is None else runs.correction(step.graph, step.job.cluster, step.job.software_year)
-            predicted_s[i], spread[i] = formulas_s[i] * np.exp(mean), own
+            spread[i], predicted_s[i] = UNKNOWN_SPREAD, formulas_s[i]
+            if runs is not None:
+                at = (step.graph, step.job.cluster, step.job.software_year)
+                spread[i], predicted_s[i] = runs.spread_at(*at), formulas_s[i] * np.exp(runs.log_ratio_at(*at))
     return predicted_s, spread
 
 

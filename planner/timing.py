@@ -61,7 +61,7 @@ class TimeBreakdown:
     correction: Array
     """What measured runs near to the plan say beyond the formulas; may be negative."""
     spread: Array | None
-    """Standard deviation of log(measured / predicted); None where no runs of the stack are known."""
+    """Standard deviation of log(measured / predicted); None where no runs of the stack are known, and for many layouts at once."""
     stage_forward_s: Array
     """Per microbatch and stage, [..., pp], communication included."""
     stage_backward_input_s: Array
@@ -210,7 +210,8 @@ def estimate_time(
     time = time_step(step_work(graph, cluster, efficiency), efficiency.coefficients)
     if nearby is None:
         return time
-    log_ratio, spread = nearby.correction(graph, cluster, software_year)
+    log_ratio = nearby.log_ratio_at(graph, cluster, software_year)
+    spread = nearby.spread_at(graph, cluster, software_year) if np.ndim(log_ratio) == 0 else None
     return replace(time, correction=time.step_s * np.expm1(log_ratio), spread=spread)
 
 

@@ -329,7 +329,7 @@ def _result(row: Measurement) -> RowResult:
         is_left_out=left_out is not None,
         judged_error_fraction=None if measured is None else time.value / measured - 1 if left_out is None else left_out.left_out_error_fraction,
         judged_spread=None if left_out is None else left_out.left_out_spread,
-        assumptions=tuple(inferred(row)),
+        assumptions=inferred(row, request),
     )
 
 

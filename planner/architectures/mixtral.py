@@ -23,6 +23,8 @@ class Mixtral:
             **fields,
             **window_fields(config, fields["num_layers"]),
             tie_word_embeddings=config.flag("tie_word_embeddings", False),
+            is_gated=config.flag("is_gated", True),
+            hidden_dropout=config.fraction("hidden_dropout"),
             moe=config.moe(
                 "num_local_experts",
                 num_experts_per_token=config.size("num_experts_per_tok", 2),

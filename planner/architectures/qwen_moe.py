@@ -29,6 +29,8 @@ class QwenMoe:
             **fields,
             **qwen_windows(config, fields["num_layers"]),
             tie_word_embeddings=config.flag("tie_word_embeddings", False),
+            is_gated=config.flag("is_gated", True),
+            hidden_dropout=config.fraction("hidden_dropout"),
             qkv_bias=bias if is_third else config.flag("qkv_bias", True),
             attention_out_bias=bias if is_third else False,
             qk_norm="head" if is_third else "none",

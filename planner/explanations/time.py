@@ -271,7 +271,7 @@ def _correction(trace: Trace, key: str, path: str) -> Explanation:
     nearby, job = trace.job.nearby, trace.job
     if nearby is None:
         return explained(key, 0.0, "0", source=f"no measured runs of the stack {job.stack.name} are shipped")
-    log_ratio, _ = nearby.correction(trace.graph, job.cluster, job.software_year)
+    log_ratio = nearby.log_ratio_at(trace.graph, job.cluster, job.software_year)
     nearest = nearby.nearest(trace.graph, job.cluster, SHOWN_RUNS, job.software_year)
     named = "; ".join(f"{run.model} on {run.num_devices} {run.accelerator} ({run.source}, {distance:.1f} away)" for distance, run in nearest)
     formulas = sum(trace.at(f"time.breakdown_s.{name}") for name in TimeBreakdown.PARTS if name != "correction")

@@ -19,7 +19,8 @@ EXPECTED = [
     "a100-80gb-sxm", "a100-40gb-pcie", "a100-80gb-pcie", "rtx4090", "rtx5090", "rtx6000ada", "l4", "l40s", "h100-80gb-sxm", "h100-80gb-pcie",
     "h100-94gb-nvl", "h800-80gb-sxm", "h20-96gb-sxm", "h200-141gb-sxm", "gh200-96gb", "gh200-144gb", "b100-sxm", "b200-sxm", "b300-sxm",
     "gb200-nvl72", "gb300-nvl72", "rtxpro6000-blackwell", "mi210", "mi250x", "mi300x", "mi325x", "mi350x", "mi355x", "gaudi2", "gaudi3",
-    "tpu-v2", "tpu-v3", "tpu-v4", "tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu-v7x", "trainium1", "trainium2", "trainium3",
+    "tpu-v2", "tpu-v3", "tpu-v4", "tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu-v7x", "trainium1", "trainium2", "trainium3", "a800-80gb-sxm",
+    "h200-141gb-nvl", "h100-96gb-sxm-500w",
 ]  # fmt: skip
 PRECISIONS = {"fp64", "fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "mxfp6", "mxfp4", "nvfp4", "int8"}
 
@@ -42,7 +43,7 @@ def ceiling(table: dict[int, float], year: int) -> float:
 
 
 def test_all_accelerators_are_there() -> None:
-    assert len(EXPECTED) == 51
+    assert len(EXPECTED) == 54
     assert set(EXPECTED) <= set(IDS)
 
 

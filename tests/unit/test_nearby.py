@@ -13,7 +13,7 @@ from planner.graph import StepGraph
 from planner.hardware import Cluster
 from planner.layout import Layout
 from planner.layout_space import layout_space
-from planner.nearby import AMPLITUDE, FEATURES, SPREAD_FACTOR, NearbyRuns, features_of, load_nearby, make_nearby, run_noise
+from planner.nearby import AMPLITUDE, ELSEWHERE, FEATURES, SPREAD_FACTOR, NearbyRuns, features_of, load_nearby, make_nearby, run_noise
 from planner.plan import build_request
 from planner.pricing import price_layouts
 from planner.resolve import Job, resolve
@@ -60,7 +60,7 @@ def test_it_is_the_textbooks_posterior() -> None:
     places = [here + numbers.normal(0, 0.4, len(FEATURES)) for _ in range(12)]
     ratios = numbers.normal(0, 0.1, 12).tolist()
     runs = runs_at(places, ratios)
-    mean, spread = runs.correction(graph, cluster, 2025.0)
+    mean, spread = runs.log_ratio_at(graph, cluster, 2025.0), runs.spread_at(graph, cluster, 2025.0)
     scaled = runs.places
     point = here / (np.array(places[0]) / scaled[0])
 
@@ -70,25 +70,26 @@ def test_it_is_the_textbooks_posterior() -> None:
     covariance = np.array([[kernel(a, b) + 0.02**2 * (i == j) for j, b in enumerate(scaled)] for i, a in enumerate(scaled)])
     towards = np.array([kernel(point, a) for a in scaled])
     assert float(mean) == pytest.approx(towards @ np.linalg.inv(covariance) @ ratios, rel=1e-6)
-    variance = AMPLITUDE**2 - towards @ np.linalg.inv(covariance) @ towards + 0.02**2
-    assert float(spread) == pytest.approx(SPREAD_FACTOR * np.sqrt(variance), rel=1e-6)
+    variance = SPREAD_FACTOR**2 * (AMPLITUDE**2 - towards @ np.linalg.inv(covariance) @ towards + 0.02**2)
+    nearest = min(float(np.sum((point - a) ** 2)) for a in scaled)
+    assert float(spread) == pytest.approx(np.sqrt(variance + ELSEWHERE**2 * (1 - np.exp(-nearest / 2))), rel=1e-6)
 
 
 def test_a_run_at_the_same_place_is_believed_and_a_far_one_is_not() -> None:
     _, graph, cluster = planned()
     here = features_of(graph, cluster, 2025.0)
-    mean, near = runs_at([here], [0.2]).correction(graph, cluster, 2025.0)
-    assert float(mean) == pytest.approx(0.2, rel=0.02)
-    mean, far = runs_at([here + 20], [0.2]).correction(graph, cluster, 2025.0)
-    assert float(mean) == 0
-    assert float(far) > 5 * float(near)
-    assert float(far) == pytest.approx(AMPLITUDE, rel=0.05)
+    same, far = runs_at([here], [0.2]), runs_at([here + 20], [0.2])
+    assert float(same.log_ratio_at(graph, cluster, 2025.0)) == pytest.approx(0.2, rel=0.02)
+    assert float(far.log_ratio_at(graph, cluster, 2025.0)) == 0
+    wide, narrow = (float(runs.spread_at(graph, cluster, 2025.0)) for runs in (far, same))
+    assert wide > 5 * narrow
+    assert wide == pytest.approx(np.hypot(SPREAD_FACTOR * AMPLITUDE, ELSEWHERE), rel=0.05)
 
 
 def test_the_spread_grows_with_the_distance() -> None:
     _, graph, cluster = planned()
     here = features_of(graph, cluster, 2025.0)
-    spreads = [float(runs_at([here + step * (np.arange(len(FEATURES)) == 0)], [0.1]).correction(graph, cluster, 2025.0)[1]) for step in (0, 1, 2, 4)]
+    spreads = [float(runs_at([here + step * (np.arange(len(FEATURES)) == 0)], [0.1]).spread_at(graph, cluster, 2025.0)) for step in (0, 1, 2, 4)]
     assert spreads == sorted(spreads)
 
 
@@ -98,7 +99,8 @@ def test_names_are_nothing() -> None:
     runs = load_nearby("nemo")
     assert runs is not None
     renamed = replace(runs, runs=tuple(replace(run, id="x", source="y", model="z", accelerator="w") for run in runs.runs))
-    assert runs.correction(graph, cluster) == renamed.correction(graph, cluster)
+    assert runs.log_ratio_at(graph, cluster) == renamed.log_ratio_at(graph, cluster)
+    assert runs.spread_at(graph, cluster) == renamed.spread_at(graph, cluster)
 
 
 def test_many_layouts_are_corrected_as_each_alone() -> None:
@@ -119,13 +121,13 @@ def test_a_run_that_disagrees_with_its_neighbours_is_noise() -> None:
     ratios = np.array([0.05] * 7 + [0.9])
     noise = run_noise(places, ratios, 0.02)
     assert noise[-1] > 5 * noise[:-1].max()
-    mean, _ = runs_at(list(places), ratios.tolist()).correction(graph, cluster, 2025.0)
+    mean = runs_at(list(places), ratios.tolist()).log_ratio_at(graph, cluster, 2025.0)
     calmed = [
         {"id": str(i), "source": "s", "model": "m", "accelerator": "a", "num_devices": 8, **KNOWN, "log_ratio": r, "noise": n,
          **dict(zip(FEATURES, p, strict=True))}
         for i, (p, r, n) in enumerate(zip(places, ratios, noise, strict=True))
     ]  # fmt: skip
-    assert float(make_nearby(calmed).correction(graph, cluster, 2025.0)[0]) == pytest.approx(0.05, abs=0.01)
+    assert float(make_nearby(calmed).log_ratio_at(graph, cluster, 2025.0)) == pytest.approx(0.05, abs=0.01)
     assert float(mean) > 0.055
 
 
