@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ KINDS = {
 }
 MARKS = {"coefficients": "fitted", "interval": "interval"}
 MOST_NOTES = 4
-MOST_LISTED_ROWS = 400
+MOST_SKIPPED = 40
 
 
 def _percent(value: float | None) -> str:
@@ -120,7 +121,8 @@ def _choosing(report: ValidationReport) -> list[str]:
 
 
 def _time_section(report: ValidationReport) -> list[str]:
-    time, rows = report.throughput, [row for row in report.per_row if row.measured_step_s is not None]
+    time = report.throughput
+    rows = [row for row in report.per_row if row.measured_step_s is not None and not row.is_left_out]
     left_out = (
         f"{report.num_left_out} of the rows are among those that the stacks are fitted to: each of these is judged by a fit, and by nearby runs,"
         " that saw neither it nor any row of its model, accelerator, number of devices and precision."
@@ -140,7 +142,8 @@ def _time_section(report: ValidationReport) -> list[str]:
         "",
         *_group_tables(report),
         *_choosing(report),
-        *(_sections(rows, _time_table) if len(rows) <= MOST_LISTED_ROWS else ["Every row: `planner validate --json`.", ""]),
+        *(["Rows that no stack was fitted to; `planner validate --json` has all:", ""] if report.num_left_out else []),
+        *_sections(rows, _time_table),
     ]
 
 
@@ -184,5 +187,8 @@ def render_markdown(report: ValidationReport, files: Sequence[str]) -> str:
     lines += _time_section(report) if report.throughput.num_rows else []
     lines += _memory_section(report) if any(row.measured_memory_bytes is not None for row in report.per_row) else []
     if report.skipped:
-        lines += ["## Skipped", "", *(f"- {s.id}: {s.reason}" for s in report.skipped), ""]
+        reasons = Counter(s.reason for s in report.skipped)
+        listed = (f"- {s.id}: {s.reason}" for s in report.skipped)
+        counted = (f"- {count} x {reason}" for reason, count in reasons.most_common())
+        lines += ["## Skipped", "", *(listed if len(report.skipped) <= MOST_SKIPPED else counted), ""]
     return "\n".join(lines).rstrip() + "\n"
