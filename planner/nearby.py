@@ -33,6 +33,8 @@ SAME_PLACE, SAME_TIME_FRACTION = 1.5, 0.01
 """Within these a measurement is a run that is known already. The place is generous: tables differ in release dates and paddings."""
 FAR = 16.0
 """Squared distance beyond which a run is left out: it would count less than exp(-8)."""
+UNHEARD = 1e-3
+"""Share of the largest weight below which a run is not asked about each layout."""
 HEAVY_TAIL = 3.0
 """Degrees of freedom of the scatter around the process: a run that disagrees with all its neighbours counts little (Student's t)."""
 TAIL_ROUNDS = 4
@@ -95,10 +97,18 @@ class NearbyRuns:
         Source: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, section 2.2.
         """
         places, shape = self._flat(graph, cluster, software_year)
-        near = self._near(places)
+        apart = np.sum((self.places[:, ~_IS_OF_LAYOUT] - places[0, ~_IS_OF_LAYOUT]) ** 2, axis=1)
+        near = apart < FAR
         if not near.any():
             return np.zeros(shape)
-        return (_kernel(places, self.places[near]) @ _weights(self)[near]).reshape(shape)
+        # Of one job only the layouts differ: what the runs' jobs are apart goes into their weights, once.
+        weights = np.where(near, _weights(self) * np.exp(-apart / 2), 0.0)
+        heard = np.abs(weights) > UNHEARD * np.max(np.abs(weights))
+        # Feature by feature: a matrix product would round differently for one layout and for many.
+        squares = np.zeros((len(places), int(heard.sum())))
+        for feature in np.flatnonzero(_IS_OF_LAYOUT):
+            squares += (places[:, feature, None] - self.places[heard, feature]) ** 2
+        return np.sum(np.exp(-squares / 2) * (AMPLITUDE**2 * weights[heard]), axis=1).reshape(shape)
 
     def spread_at(self, graph: StepGraph, cluster: Cluster, software_year: float | None = None) -> Array:
         """Standard deviation of log(measured / predicted), a number or [n].

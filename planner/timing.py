@@ -12,7 +12,7 @@ import numpy as np
 
 from planner.coefficients import Coefficients
 from planner.efficiency import Efficiency, Work, work_rates
-from planner.graph import StepGraph
+from planner.graph import StepGraph, over_stages
 from planner.hardware import Cluster
 from planner.nearby import NearbyRuns
 from planner.schedules import SCHEDULES
@@ -186,10 +186,9 @@ def worked_runs(runs: np.ndarray, schedule_name: str) -> np.ndarray:
 
 
 def _over_stages(per_part: list[Array], runs: np.ndarray) -> np.ndarray:
-    """Sum over parts of a quantity per run, numbers or [n], times its runs: [..., pp].
-
-    Parts are added one by one: a matrix product would round differently for one layout and for many.
-    """
+    """Sum over parts of a quantity per run, numbers or [n], times its runs, [parts, pp] or [n, parts, pp]: [..., pp]."""
+    if runs.ndim == 2:
+        return over_stages(per_part, runs)
     return np.asarray(sum(np.asarray(value, float)[..., None] * runs[..., i, :] for i, value in enumerate(per_part)))
 
 

@@ -25,6 +25,11 @@ def states(plan: Plan) -> list[float]:
     return [sum(stage.breakdown_bytes[name] for name in STATES) for stage in plan.memory.stages]
 
 
+def formulas_s(plan: Plan) -> float:
+    """The step before measured runs correct it: what obeys physics exactly."""
+    return plan.time.step_s.value - plan.time.breakdown_s["correction"]
+
+
 @quick
 @given(requests())
 def test_parts_add_up_to_the_total(request: dict[str, Any]) -> None:
@@ -34,7 +39,8 @@ def test_parts_add_up_to_the_total(request: dict[str, Any]) -> None:
         assert all(value >= 0 for value in stage.breakdown_bytes.values())
     assert plan.memory.peak_bytes.value == max(stage.total_bytes for stage in plan.memory.stages)
     assert sum(plan.time.breakdown_s.values()) == pytest.approx(plan.time.step_s.value, rel=1e-12)
-    assert all(value >= -1e-12 * plan.time.step_s.value for value in plan.time.breakdown_s.values())
+    # What measured runs say beyond the formulas may be less.
+    assert all(value >= -1e-12 * plan.time.step_s.value for name, value in plan.time.breakdown_s.items() if name != "correction")
     assert plan.time.step_s.low <= plan.time.step_s.value <= plan.time.step_s.high
     assert plan.fits == (plan.memory.peak_bytes.value <= plan.memory.usable_bytes)
 
@@ -99,7 +105,7 @@ def test_recompute_trades_activations_for_time(request: dict[str, Any]) -> None:
     for less, more in pairwise(plans):
         for one, two in zip(less.memory.stages, more.memory.stages, strict=True):
             assert two.breakdown_bytes["activations"] <= one.breakdown_bytes["activations"] * ROUNDING
-        assert more.time.step_s.value >= less.time.step_s.value / ROUNDING
+        assert formulas_s(more) >= formulas_s(less) / ROUNDING
         assert more.flops.hardware_per_token >= less.flops.hardware_per_token / ROUNDING
     assert plans[0].flops.model_per_token == plans[2].flops.model_per_token
 

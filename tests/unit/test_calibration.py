@@ -234,5 +234,5 @@ def test_rows_of_a_table_calibrate_too(tmp_path: Path, calibrate: Any) -> None:
     found = json.loads(text)
     assert status == 0
     assert f"{len(kept)} rows have a step time" in err
-    assert found["median_abs_error_fraction"]["after"] < found["median_abs_error_fraction"]["before"] + 1e-9
+    assert found["median_abs_error_fraction"]["after"] < 0.03
     assert read_yaml(out)["coefficients"]["matmul"]["evidence"] == "fitted"
