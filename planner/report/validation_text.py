@@ -1,13 +1,14 @@
-"""The page docs/validation.md: summaries of step time and memory, then every row with its error."""
+"""The page docs/validation.md, and what `validate` shows in a terminal: summaries of step time and memory, then every row with its error."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from planner.ranking import LEAST_LAYOUTS
 from planner.summaries import BASELINE_MFU, TimeSummary
 from planner.units import GIB
-from planner.validation import TIME_GROUPS, RowResult, ValidationReport
+from planner.validation import RowResult, ValidationReport
 
 __all__ = ["render_markdown"]
 
@@ -20,6 +21,10 @@ KINDS = {
 MARKS = {"coefficients": "fitted", "interval": "interval"}
 MOST_NOTES = 4
 MOST_LISTED_ROWS = 400
+MOST_IDS = 3
+BASELINE = f"{100 * BASELINE_MFU:.0f}% of peak"
+BETTER = "(better) "
+TIME_COLUMNS = ("rows", "median", "90th percentile", "bias", "interval holds", f"{BASELINE}: median", "its 90th percentile")
 
 
 def _percent(value: float | None) -> str:
@@ -41,6 +46,20 @@ def _gib(value: float | None) -> str:
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+
+
+def _aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table whose columns line up in a terminal too: the first to the left, numbers to the right."""
+    cells = [list(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        return (
+            "| " + " | ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) + " |"
+        )
+
+    rule = "|" + "|".join("-" * (width + 1) + ":" if i else "-" * (width + 2) for i, width in enumerate(widths)) + "|"
+    return [line(cells[0]), rule, *map(line, cells[1:])]
 
 
 def _place(row: RowResult) -> tuple[str, ...]:
@@ -71,7 +90,7 @@ def _cells(summary: dict[str, Any]) -> tuple[str, ...]:
 def _source_table(report: ValidationReport, quantity: str) -> list[str]:
     header = ("source", "rows", "skipped", "judged", "median", "90th percentile", "interval holds")
     found = ((source, numbers) for source, numbers in report.by_source().items() if numbers[quantity]["num_rows"])
-    return _table(header, ((source, str(n["rows"]), str(n["skipped"]), *_cells(n[quantity])) for source, n in found))
+    return _aligned(header, ((source, str(n["rows"]), str(n["skipped"]), *_cells(n[quantity])) for source, n in found))
 
 
 def _sections(rows: Sequence[RowResult], table: Callable[[Sequence[RowResult]], list[str]]) -> list[str]:
@@ -87,87 +106,128 @@ def _sections(rows: Sequence[RowResult], table: Callable[[Sequence[RowResult]], 
     return lines
 
 
+def _summary(report: ValidationReport) -> list[str]:
+    time, memory, baseline = report.throughput, report.memory, report.baseline
+    header = ("", "rows", "median error", "90th percentile", "bias", "80% interval holds")
+    rows: list[tuple[str, ...]] = []
+    if time.num_rows:
+        tail = (_percent(time.p90_abs_error_fraction), _signed(time.median_error_fraction), _percent(time.interval_coverage_fraction))
+        rows += [("step time, planner", str(time.num_rows), _percent(time.median_abs_error_fraction), *tail)]
+        naive = (_percent(baseline["median_abs_error_fraction"]), _percent(baseline["p90_abs_error_fraction"]))
+        rows += [(f"step time, {BASELINE}", str(time.num_rows), *naive, _signed(baseline["median_error_fraction"]), "-")]
+    if memory.num_rows:
+        own = _cells(vars(memory))
+        rows += [("peak memory, planner", *own[:3], "-", own[3])]
+    return [*_aligned(header, rows), ""] if rows else []
+
+
 def _time_cells(found: TimeSummary) -> tuple[str, ...]:
-    numbers = (found.median_abs_error_fraction, found.p90_abs_error_fraction, found.interval_coverage_fraction)
-    baseline = (found.baseline_median_abs_error_fraction, found.baseline_p90_abs_error_fraction)
-    naive = _percent(baseline[0]) + (" **better**" if found.loses_to_baseline else "")
-    own = (_percent(numbers[0]), _percent(numbers[1]), _signed(found.median_error_fraction), _percent(numbers[2]))
-    return (str(found.num_rows), *own, naive, _percent(baseline[1]))
-
-
-TIME_COLUMNS = ("rows", "median", "90th percentile", "bias", "interval holds", "45% of peak: median", "its 90th percentile")
+    own = (_percent(found.median_abs_error_fraction), _percent(found.p90_abs_error_fraction), _signed(found.median_error_fraction))
+    naive = (
+        (BETTER if found.loses_to_baseline else "") + _percent(found.baseline_median_abs_error_fraction),
+        (BETTER if found.loses_tail_to_baseline else "") + _percent(found.baseline_p90_abs_error_fraction),
+    )
+    return (str(found.num_rows), *own, _percent(found.interval_coverage_fraction), *naive)
 
 
 def _group_tables(report: ValidationReport) -> list[str]:
     lines: list[str] = []
-    for name, key in {"source": lambda row: row.source, **TIME_GROUPS}.items():
-        groups = report.times_by(key)
+    for name, groups in report.time_groups.items():
         if len(groups) > 1:
-            lines += [f"By {name}:", "", *_table((name, *TIME_COLUMNS), ((group, *_time_cells(found)) for group, found in groups.items())), ""]
+            lines += [f"By {name}:", "", *_aligned((name, *TIME_COLUMNS), ((group, *_time_cells(found)) for group, found in groups.items())), ""]
     return lines
 
 
 def _choosing(report: ValidationReport) -> list[str]:
     if not report.choosing:
         return []
-    header = ("source", "groups", "mean regret", "largest regret", "mean rank correlation")
+    header = ("source", "groups", "layouts", "mean regret", "largest regret", "mean rank correlation")
     cells = (
-        (name, str(c["num_groups"]), _percent(c["mean_regret_fraction"]), _percent(c["max_regret_fraction"]), f"{c['mean_spearman']:.2f}")
+        (name, str(c.num_groups), str(c.num_layouts), _percent(c.mean_regret_fraction), _percent(c.max_regret_fraction), f"{c.mean_spearman:.2f}")
         for name, c in report.choosing.items()
     )
-    told = "Does it choose well? Rows that differ in their layout alone, at least four of them; regret is the measured time of the layout"
-    return [told, "predicted fastest over the best measured, less 1.", "", *_table(header, cells), ""]
+    return [
+        "## Choosing",
+        "",
+        f"Groups of runs of one source that differ in layout and recompute alone, at least {LEAST_LAYOUTS} layouts in each. Regret: measured time of",
+        "the layout predicted fastest over the best measured, less 1. Rank correlation (Spearman): of predicted and measured times.",
+        "",
+        *_aligned(header, cells),
+        "",
+    ]
 
 
 def _time_section(report: ValidationReport) -> list[str]:
-    time, rows = report.throughput, [row for row in report.per_row if row.measured_step_s is not None]
+    time = report.throughput
     left_out = (
         f"{report.num_left_out} of the rows are among those that the stacks are fitted to: each of these is judged by a fit, and by nearby runs,"
         " that saw neither it nor any row of its model, accelerator, number of devices and precision."
         if report.num_left_out
         else "No row was used to fit a coefficient."
     )
-    own = _percent(time.median_interval_width_fraction)
+    rates = f"{_percent(time.throughput_median_abs_error_fraction)} and {_percent(time.throughput_p90_abs_error_fraction)}"
     return [
         "## Step time",
         "",
         (
             f"Median error {_percent(time.median_abs_error_fraction)}, 90th percentile {_percent(time.p90_abs_error_fraction)}, interval holds for"
-            f" {_percent(time.interval_coverage_fraction)} of {time.num_rows} rows (its median width {own}). {left_out}"
+            f" {_percent(time.interval_coverage_fraction)} of {time.num_rows} rows (its median width {_percent(time.median_interval_width_fraction)})."
+            f" Errors are of the step time; those of tokens per second, measured step / predicted step - 1, are {rates}. {left_out}"
         ),
         "",
-        f"Beside it what a constant {100 * BASELINE_MFU:.0f}% of peak would have said, every executed FLOP counted.",
+        f"Beside it what {BASELINE} would have said: step time = hardware FLOPs / (devices * dense peak of the run's precision * {BASELINE_MFU}), where",
+        "hardware FLOPs are 6 per matmul parameter and token and attention over all pairs, and the forward pass once more as far as it is",
+        f"recomputed. {BETTER.strip()} marks where it has the smaller error.",
         "",
         *_group_tables(report),
-        *_choosing(report),
-        *(_sections(rows, _time_table) if len(rows) <= MOST_LISTED_ROWS else ["Every row: `planner validate --json`.", ""]),
     ]
 
 
 def _memory_section(report: ValidationReport) -> list[str]:
-    rows = [row for row in report.per_row if row.measured_memory_bytes is not None]
-    header = ("kind", "what it counts", "judged", "median", "90th percentile", "interval holds")
+    header = ("kind", "judged", "median", "90th percentile", "interval holds")
     return [
         "## Memory",
         "",
-        "Peak per device, against the number of the plan that counts the same. Rows marked `fitted` gave a stack its coefficients and judge",
-        "nothing; rows marked `interval` gave it the width of its interval, and judge the error but not how often the interval holds.",
+        "Peak per device, against the number of the plan that counts the same:",
         "",
-        *_table(header, ((kind, KINDS[kind], *_cells(vars(found))) for kind, found in report.memory_by_kind.items())),
+        *(f"- {kind}: {KINDS[kind]}" for kind in report.memory_by_kind),
+        "",
+        "Rows marked `fitted` gave a stack its coefficients and judge nothing; rows marked `interval` gave it the width of its interval, and judge",
+        "the error but not how often the interval holds.",
+        "",
+        *_aligned(header, ((kind, *_cells(vars(found))) for kind, found in report.memory_by_kind.items())),
         "",
         *_source_table(report, "memory"),
         "",
-        *_sections(rows, _memory_table),
     ]
 
 
+def _skipped(report: ValidationReport) -> list[str]:
+    def ids(names: Sequence[str]) -> str:
+        return ", ".join(names[:MOST_IDS]) + (f", {len(names) - MOST_IDS} more" if len(names) > MOST_IDS else "")
+
+    told = "Rows whose configuration was not published in full or cannot be expressed; every one with its own reason: `planner validate --json`."
+    cells = ((str(len(names)), reason, ids(names)) for reason, names in report.skipped_reasons.items())
+    return ["## Skipped", "", told, "", *_table(("rows", "reason", "which"), cells), ""] if report.skipped else []
+
+
+def _rows(title: str, rows: Sequence[RowResult], table: Callable[[Sequence[RowResult]], list[str]]) -> list[str]:
+    """Every row, unless there are too many to be read."""
+    if not rows:
+        return []
+    listed = _sections(rows, table) if len(rows) <= MOST_LISTED_ROWS else [f"{len(rows)} rows: `planner validate --json`.", ""]
+    return [f"## {title}", "", *listed]
+
+
 def render_markdown(report: ValidationReport, files: Sequence[str]) -> str:
-    """The page: the summary, every row with its error, and how to make the page again.
+    """The page: a summary, groups, whether it chooses well, what was skipped, every row with its error, and how to make the page again.
 
     Args:
         files: the tables of measurements, as the command names them.
     """
     options = " ".join(f"--measurements {name}" for name in files)
+    with_time = [row for row in report.per_row if row.measured_step_s is not None]
+    with_memory = [row for row in report.per_row if row.measured_memory_bytes is not None]
     lines = [
         "# Validation",
         "",
@@ -180,9 +240,12 @@ def render_markdown(report: ValidationReport, files: Sequence[str]) -> str:
         f"{len(report.per_row) + len(report.skipped)} rows, {len(report.skipped)} skipped because their configuration was not published or cannot",
         "be expressed.",
         "",
+        *_summary(report),
+        *(_time_section(report) if with_time else []),
+        *_choosing(report),
+        *(_memory_section(report) if with_memory else []),
+        *_skipped(report),
+        *_rows("Step time, row by row", with_time, _time_table),
+        *_rows("Memory, row by row", with_memory, _memory_table),
     ]
-    lines += _time_section(report) if report.throughput.num_rows else []
-    lines += _memory_section(report) if any(row.measured_memory_bytes is not None for row in report.per_row) else []
-    if report.skipped:
-        lines += ["## Skipped", "", *(f"- {s.id}: {s.reason}" for s in report.skipped), ""]
     return "\n".join(lines).rstrip() + "\n"

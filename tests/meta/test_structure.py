@@ -15,7 +15,7 @@ import planner
 
 ROOT = Path(planner.__file__).parent
 LEVELS: dict[str, int] = {
-    **dict.fromkeys(("units", "errors", "registry", "files", "spec", "catalog_files"), 0),
+    **dict.fromkeys(("units", "errors", "registry", "files", "spec", "catalog_files", "workers"), 0),
     **dict.fromkeys(("precision", "optimizers", "model_spec", "workload", "layout", "curves", "hardware", "coefficients"), 1),
     **dict.fromkeys(("op_cost", "attention_op", "collective_op", "loss_op", "ops", "collectives", "layout_rules"), 2),
     "architectures": 3,
@@ -29,6 +29,7 @@ LEVELS: dict[str, int] = {
     "estimate": 8,
     **dict.fromkeys(("listing", "explain", "explanations", "compare", "peaks", "remedies", "validation", "calibration", "measurements", "report"), 9),
     **dict.fromkeys(("exporters", "importers", "fitting", "cases", "stack_fits", "measured_models", "measured_requests", "summaries"), 9),
+    **dict.fromkeys(("measured_values", "ranking"), 9),
     **dict.fromkeys(("cli", "cli_export", "cli_calibrate", "__main__"), 10),
 }  # fmt: skip
 """What a file may import: its own level and below. A new file needs a place in this list."""
