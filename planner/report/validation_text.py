@@ -54,9 +54,8 @@ def _aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        return (
-            "| " + " | ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) + " |"
-        )
+        padded = (cell.rjust(widths[i]) if i else cell.ljust(widths[i]) for i, cell in enumerate(row))
+        return "| " + " | ".join(padded) + " |"
 
     rule = "|" + "|".join("-" * (width + 1) + ":" if i else "-" * (width + 2) for i, width in enumerate(widths)) + "|"
     return [line(cells[0]), rule, *map(line, cells[1:])]
@@ -166,18 +165,19 @@ def _time_section(report: ValidationReport) -> list[str]:
         else "No row was used to fit a coefficient."
     )
     rates = f"{_percent(time.throughput_median_abs_error_fraction)} and {_percent(time.throughput_p90_abs_error_fraction)}"
+    held, width = _percent(time.interval_coverage_fraction), _percent(time.median_interval_width_fraction)
     return [
         "## Step time",
         "",
         (
             f"Median error {_percent(time.median_abs_error_fraction)}, 90th percentile {_percent(time.p90_abs_error_fraction)}, interval holds for"
-            f" {_percent(time.interval_coverage_fraction)} of {time.num_rows} rows (its median width {_percent(time.median_interval_width_fraction)})."
-            f" Errors are of the step time; those of tokens per second, measured step / predicted step - 1, are {rates}. {left_out}"
+            f" {held} of {time.num_rows} rows (its median width {width}). Errors are of the step time; those of tokens per second,"
+            f" measured step / predicted step - 1, are {rates}. {left_out}"
         ),
         "",
-        f"Beside it what {BASELINE} would have said: step time = hardware FLOPs / (devices * dense peak of the run's precision * {BASELINE_MFU}), where",
-        "hardware FLOPs are 6 per matmul parameter and token and attention over all pairs, and the forward pass once more as far as it is",
-        f"recomputed. {BETTER.strip()} marks where it has the smaller error.",
+        f"Beside it what {BASELINE} would have said: step time = hardware FLOPs / (devices * dense peak at the run's precision * {BASELINE_MFU});",
+        "hardware FLOPs are 6 per matmul parameter and token, attention over all pairs, and the forward pass again as far as it is recomputed.",
+        f"{BETTER.strip()} marks where that has the smaller error.",
         "",
         *_group_tables(report),
     ]
