@@ -16,7 +16,7 @@ __all__ = ["map_ordered", "num_cores"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 ITEMS_PER_TASK = 16
-"""Enough that sending them is cheap; so few that an interruption, which waits for running tasks, is answered in well under a second."""
+"""Enough that sending them is cheap, and so few that the processes end at about the same time."""
 
 
 def num_cores() -> int:
@@ -30,7 +30,7 @@ def map_ordered(function: Callable[[Item], Result], items: Sequence[Item], num_p
     Processes are spawned, not forked, which is safe whatever threads there are: `function` must be importable by name.
 
     Raises:
-        KeyboardInterrupt: interrupted; tasks that have not begun are dropped, and the processes have ended.
+        KeyboardInterrupt: interrupted; the processes have ended. So they have when the caller stops early or `function` raises.
 
     Example:
         >>> list(map_ordered(abs, [-3, 2, -1]))
@@ -40,12 +40,17 @@ def map_ordered(function: Callable[[Item], Result], items: Sequence[Item], num_p
         yield from map(function, items)
         return
     pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), _leave_interrupts_to_the_parent)
+    others, is_done = multiprocessing.active_children(), False
     try:
         with _children_ignore_interrupts():
             tasks = [pool.submit(_apply, function, items[i : i + ITEMS_PER_TASK]) for i in range(0, len(items), ITEMS_PER_TASK)]
         for task in tasks:
             yield from task.result()
+        is_done = True
     finally:
+        for child in [] if is_done else multiprocessing.active_children():
+            if child not in others:
+                child.terminate()
         pool.shutdown(cancel_futures=True)
 
 

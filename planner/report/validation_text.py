@@ -20,7 +20,7 @@ KINDS = {
 }
 MARKS = {"coefficients": "fitted", "interval": "interval"}
 MOST_NOTES = 4
-MOST_LISTED_ROWS = 400
+MOST_LISTED_ROWS = 600
 MOST_IDS = 3
 BASELINE = f"{100 * BASELINE_MFU:.0f}% of peak"
 BETTER = "(better) "
@@ -66,9 +66,13 @@ def _place(row: RowResult) -> tuple[str, ...]:
 
 
 def _time_table(rows: Sequence[RowResult]) -> list[str]:
-    header = ("row", "model", "devices", "layout", "batch x sequence", "measured", "predicted", "error")
-    cells = ((*_place(r), _seconds(r.measured_step_s), _seconds(r.predicted_step_s), _signed(r.error_fraction)) for r in rows)
-    return _table(header, cells)
+    header = ("row", "model", "devices", "layout", "batch x sequence", "measured", "predicted", "error without it", "error")
+
+    def cells(row: RowResult) -> tuple[str, ...]:
+        judged = _signed(row.judged_error_fraction) if row.is_left_out else "-"
+        return (*_place(row), _seconds(row.measured_step_s), _seconds(row.predicted_step_s), judged, _signed(row.error_fraction))
+
+    return _table(header, map(cells, rows))
 
 
 def _memory_table(rows: Sequence[RowResult]) -> list[str]:
@@ -160,7 +164,8 @@ def _time_section(report: ValidationReport) -> list[str]:
     time = report.throughput
     left_out = (
         f"{report.num_left_out} of the rows are among those that the stacks are fitted to: each of these is judged by a fit, and by nearby runs,"
-        " that saw neither it nor any row of its model, accelerator, number of devices and precision."
+        " that saw neither it nor any row of its model, accelerator, number of devices and precision (`error without it`; `error` is that of the"
+        " plan as shipped)."
         if report.num_left_out
         else "No row was used to fit a coefficient."
     )
