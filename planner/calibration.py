@@ -36,7 +36,7 @@ from planner.fitting import (
 from planner.spec import build
 from planner.stack import StackSpec, load_stack
 
-__all__ = ["Calibration", "calibrate", "deviations", "left_out_s", "stack_text"]
+__all__ = ["DIGITS", "INTERVAL_PERCENTILES", "TOLD_SHARE", "Calibration", "calibrate", "fold_of", "left_out_s", "stack_text"]
 
 LEAST_RUNS = 3
 MOST_FOLDS = 10
@@ -193,21 +193,6 @@ def _ranges(steps: Sequence[Measured]) -> dict[str, tuple[float, float]]:
         "micro_batch_size": [int(np.max(step.graph.layout.micro_batch_size)) for step in steps],
     }
     return {name: (float(min(values)), float(max(values))) for name, values in spans.items()}
-
-
-def deviations(fit: Fit, level: str, key: Hashable, start: dict[str, float], limits: Limits, source: str) -> dict[str, dict[str, Any]]:
-    """Coefficients of a stack file: the terms of a level that its steps told something about.
-
-    Args:
-        start: values before this level adds, on the scale of the fit.
-    """
-    told, added, found = fit.told(level, key), fit.of(level, key), {}
-    for name, amount in added.items():
-        if told[name][0] >= TOLD_SHARE:
-            theta = np.array([start[other] + (amount if other == name else 0.0) for other in NAMES])
-            value = float(term_values(theta[None], limits)[0, NAMES.index(name)])
-            found[name] = {"value": float(f"{value:.{DIGITS}g}"), "evidence": "fitted", "source": source}
-    return found
 
 
 def stack_text(stack: StackSpec) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from planner.cli_calibrate import add_commands as add_calibrate_commands
 from planner.cli_export import add_commands as add_export_commands
+from planner.cli_trace import add_commands as add_trace_commands
 from planner.errors import InputError, PlannerError, Problem, nearest
 
 __all__ = ["JsonFlag", "app", "main", "make_app", "run_app"]
@@ -31,6 +32,7 @@ def make_app(text: str) -> typer.Typer:
 app = make_app("Plan an LLM training run before you pay for it.")
 add_export_commands(app)
 add_calibrate_commands(app)
+add_trace_commands(app)
 
 PROGRESS_ROWS = 50
 MANY_ROWS = 200

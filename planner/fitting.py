@@ -44,7 +44,7 @@ TINY = 1e-12
 """What stands for a term that a stack switches off, on a logarithmic scale."""
 LEAST_RATE, MOST_RATE = 0.2, 5.0
 MAX_ROUNDS, MAX_TRIES = 60, 8
-ENOUGH = 1e-4
+ENOUGH = 5e-5
 """A relative gain below which the fit has converged."""
 
 
@@ -82,7 +82,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Level:
-    """One layer of the model: cases of one key share what it adds to the terms named."""
+    """One layer of the model: cases of one key share what it adds to the terms named; None: it adds nothing to the case."""
 
     name: str
     keys: tuple[Hashable, ...]
@@ -213,7 +213,7 @@ class _Design:
         labels: list[tuple[str, Hashable, str]] = []
         spread: list[float] = []
         for level in levels:
-            for key in sorted(set(level.keys), key=str):
+            for key in sorted({key for key in level.keys if key is not None}, key=str):
                 own = np.array([k == key for k in level.keys], float)
                 terms += [NAMES.index(name) for name in level.terms]
                 members += [own] * len(level.terms)

@@ -59,6 +59,8 @@ class StackSpec(Spec):
     description: str
     source: str
     date: str
+    kin: str | None = None
+    """A stack that this one is built on: they are fitted together, each with less of its own."""
     weight_storage: Literal["separate_master", "fp32_in_place", "compute_only"]
     """`separate_master`: weights in compute format and an fp32 copy with the optimizer (Megatron, DeepSpeed);
     `fp32_in_place`: fp32 weights, cast when used (FSDP, DDP with autocast, JAX); `compute_only`: weights, gradients and optimizer

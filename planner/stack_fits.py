@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 
 from planner.assemble import QUANTILE_90
-from planner.calibration import INTERVAL_PERCENTILES, deviations, fold_of, stack_text
+from planner.calibration import DIGITS, INTERVAL_PERCENTILES, TOLD_SHARE, fold_of, stack_text
 from planner.cases import Measured
 from planner.coefficients import TERMS
 from planner.files import to_yaml, write_bytes, write_text
-from planner.fitting import NAMES, Fit, Level, Limits, fit_cases, make_batches, on_scale, predict_s
+from planner.fitting import NAMES, Fit, Level, Limits, fit_cases, make_batches, on_scale, predict_s, term_values
 from planner.nearby import FEATURES, NearbyRuns, features_of, make_nearby, run_noise
 from planner.spec import build
 from planner.stack import StackSpec, load_stack, stack_names
 
 __all__ = ["StackFits", "cross_validate", "fit_stacks"]
 
-SHARED_FACTOR, DEVICE_FACTOR = 0.5, 0.5
-"""Of the terms' spreads: what all stacks may add to the table, and what one device may add to a stack."""
+SHARED_FACTOR, KIN_FACTOR, DEVICE_FACTOR = 0.5, 0.5, 0.5
+"""Of the terms' spreads: what all stacks may add to the table, one stack to its kin, and one device to a stack."""
 NUM_FOLDS = 5
 LEAST_NOISE_FRACTION, USUAL_NOISE_FRACTION, USUAL_COUNT = 0.015, 0.05, 10.0
 NOISE_OF_RESIDUAL = 0.5
@@ -76,29 +76,50 @@ class StackFits:
             "stacks": {name: self.stack(name).get("fit") for name in stack_names()},
         }  # fmt: skip
 
+    def _after(self, start: np.ndarray, level: str, key: str) -> np.ndarray:
+        """Values of all terms on the scale of the fit, [terms], with what a key of a level adds."""
+        added = self.fit.of(level, key)
+        return np.asarray(start + np.array([added.get(term, 0.0) for term in NAMES]))
+
+    @staticmethod
+    def _values(theta: np.ndarray, limits: Limits) -> dict[str, float]:
+        """The same in the terms' own units, rounded."""
+        values = term_values(theta[None], limits)[0].tolist()
+        return {term: float(f"{value:.{DIGITS}g}") for term, value in zip(NAMES, values, strict=True)}
+
     def stack(self, name: str) -> dict[str, Any]:
         """A stack's file with the coefficients of this fit."""
         today = datetime.date.today().isoformat()
         steps = self.steps
         limits, own = Limits.physical(), [i for i, step in enumerate(steps) if step.job.stack.name == name]
         values = stack_text(load_stack(name))
-        table = dict(zip(NAMES, on_scale([term.value for term in TERMS.values()]).tolist(), strict=True))
-        shared = {term: table[term] + added for term, added in self.fit.of("shared", "all").items()}
+        spec = load_stack(name)
+        shared = self._after(on_scale([term.value for term in TERMS.values()]), "shared", "all")
+        mine = self._after(self._after(shared, "root", spec.kin or name), "stack", name)
+        told = {
+            term
+            for level in (("root", spec.kin or name), ("stack", name))
+            for term, (share, _) in self.fit.told(*level).items()
+            if share >= TOLD_SHARE
+        }
+        source = f"fitted to {len(own)} published runs on {today}" + (f", with those of {spec.kin}" if spec.kin else "")
+        typical = f"what stacks with published runs have in common ({today})"
+        values["coefficients"] = {
+            term: {"value": value, "evidence": "fitted" if term in told else "assumed", "source": source if term in told else typical}
+            for term, value in self._values(mine, limits).items()
+        }
         if not own:
-            typical = deviations(self.fit, "shared", "all", table, limits, "what the stacks with published runs have in common")
-            values["coefficients"] = {term: {**c, "evidence": "assumed"} for term, c in typical.items()}
             return values
-        source = f"fitted to {len(own)} published runs on {today}"
-        values["coefficients"] = deviations(self.fit, "stack", name, shared, limits, source)
-        mine = {term: shared[term] + added for term, added in self.fit.of("stack", name).items()}
         counts: dict[str, int] = {}
         for i in own:
             accelerator = steps[i].job.cluster.accelerator.id
             counts[accelerator] = counts.get(accelerator, 0) + 1
-        values["devices"] = {
-            device: deviations(self.fit, "device", f"{name} on {device}", mine, limits, f"fitted to {count} published runs on {today}")
-            for device, count in sorted(counts.items())
-        }
+        values["devices"] = {}
+        for device, count in sorted(counts.items()):
+            moved = self.fit.of("device", f"{name} on {device}")
+            here = self._values(self._after(mine, "device", f"{name} on {device}"), limits)
+            fitted = {"evidence": "fitted", "source": f"fitted to {count} published runs on {today}"}
+            values["devices"][device] = {term: {"value": here[term], **fitted} for term, added in moved.items() if abs(added) >= LEAST_MOVE}
         measured_s = np.array([steps[i].step_s for i in own])
         ratio = measured_s / self.predicted_s[own]
         error = np.abs(1 / ratio - 1)
@@ -116,11 +137,19 @@ class StackFits:
         return values
 
 
+LEAST_MOVE = 0.005
+"""On the scale of the fit: what a device adds to less is left out of a stack's file."""
+
+
 def _levels(steps: Sequence[Measured]) -> list[Level]:
     by_device = tuple(name for name, term in TERMS.items() if term.differs_by_device)
+    stacks = [step.job.stack for step in steps]
+    roots = {stack.kin for stack in stacks if stack.kin is not None}
+    own = tuple(stack.name if stack.kin is not None or stack.name in roots else None for stack in stacks)
     return [
         Level("shared", ("all",) * len(steps), NAMES, SHARED_FACTOR),
-        Level("stack", tuple(step.job.stack.name for step in steps), NAMES),
+        Level("root", tuple(stack.kin or stack.name for stack in stacks), NAMES),
+        Level("stack", own, NAMES, KIN_FACTOR),
         Level("device", tuple(f"{step.job.stack.name} on {step.job.cluster.accelerator.id}" for step in steps), by_device, DEVICE_FACTOR),
     ]
 

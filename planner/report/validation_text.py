@@ -20,7 +20,6 @@ KINDS = {
 }
 MARKS = {"coefficients": "fitted", "interval": "interval"}
 MOST_NOTES = 4
-MOST_LISTED_ROWS = 600
 MOST_IDS = 3
 BASELINE = f"{100 * BASELINE_MFU:.0f}% of peak"
 BETTER = "(better) "
@@ -66,13 +65,9 @@ def _place(row: RowResult) -> tuple[str, ...]:
 
 
 def _time_table(rows: Sequence[RowResult]) -> list[str]:
-    header = ("row", "model", "devices", "layout", "batch x sequence", "measured", "predicted", "error without it", "error")
-
-    def cells(row: RowResult) -> tuple[str, ...]:
-        judged = _signed(row.judged_error_fraction) if row.is_left_out else "-"
-        return (*_place(row), _seconds(row.measured_step_s), _seconds(row.predicted_step_s), judged, _signed(row.error_fraction))
-
-    return _table(header, map(cells, rows))
+    header = ("row", "model", "devices", "layout", "batch x sequence", "measured", "predicted", "error")
+    cells = ((*_place(r), _seconds(r.measured_step_s), _seconds(r.predicted_step_s), _signed(r.error_fraction)) for r in rows)
+    return _table(header, cells)
 
 
 def _memory_table(rows: Sequence[RowResult]) -> list[str]:
@@ -164,8 +159,7 @@ def _time_section(report: ValidationReport) -> list[str]:
     time = report.throughput
     left_out = (
         f"{report.num_left_out} of the rows are among those that the stacks are fitted to: each of these is judged by a fit, and by nearby runs,"
-        " that saw neither it nor any row of its model, accelerator, number of devices and precision (`error without it`; `error` is that of the"
-        " plan as shipped)."
+        " that saw neither it nor any row of its model, accelerator, number of devices and precision."
         if report.num_left_out
         else "No row was used to fit a coefficient."
     )
@@ -216,12 +210,16 @@ def _skipped(report: ValidationReport) -> list[str]:
     return ["## Skipped", "", told, "", *_table(("rows", "reason", "which"), cells), ""] if report.skipped else []
 
 
-def _rows(title: str, rows: Sequence[RowResult], table: Callable[[Sequence[RowResult]], list[str]]) -> list[str]:
-    """Every row, unless there are too many to be read."""
-    if not rows:
-        return []
-    listed = _sections(rows, table) if len(rows) <= MOST_LISTED_ROWS else [f"{len(rows)} rows: `planner validate --json`.", ""]
-    return [f"## {title}", "", *listed]
+def _time_rows(report: ValidationReport) -> list[str]:
+    """Those that judge the plan as shipped; the others' errors would be those of a fit to themselves."""
+    rows = [row for row in report.per_row if row.measured_step_s is not None and not row.is_left_out]
+    told = ["Rows that no stack was fitted to; `planner validate --json` has all.", ""] if report.num_left_out else []
+    return ["## Step time, row by row", "", *told, *_sections(rows, _time_table)] if rows else []
+
+
+def _memory_rows(report: ValidationReport) -> list[str]:
+    rows = [row for row in report.per_row if row.measured_memory_bytes is not None]
+    return ["## Memory, row by row", "", *_sections(rows, _memory_table)] if rows else []
 
 
 def render_markdown(report: ValidationReport, files: Sequence[str]) -> str:
@@ -231,8 +229,6 @@ def render_markdown(report: ValidationReport, files: Sequence[str]) -> str:
         files: the tables of measurements, as the command names them.
     """
     options = " ".join(f"--measurements {name}" for name in files)
-    with_time = [row for row in report.per_row if row.measured_step_s is not None]
-    with_memory = [row for row in report.per_row if row.measured_memory_bytes is not None]
     lines = [
         "# Validation",
         "",
@@ -246,11 +242,11 @@ def render_markdown(report: ValidationReport, files: Sequence[str]) -> str:
         "be expressed.",
         "",
         *_summary(report),
-        *(_time_section(report) if with_time else []),
+        *(_time_section(report) if report.throughput.num_rows else []),
         *_choosing(report),
-        *(_memory_section(report) if with_memory else []),
+        *(_memory_section(report) if report.memory_by_kind else []),
         *_skipped(report),
-        *_rows("Step time, row by row", with_time, _time_table),
-        *_rows("Memory, row by row", with_memory, _memory_table),
+        *_time_rows(report),
+        *_memory_rows(report),
     ]
     return "\n".join(lines).rstrip() + "\n"
