@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BASELINE_MFU", "DEVICE_BANDS", "PARAM_BANDS", "Judged", "TimeSummary", "band", "baseline_step_s", "group_times", "summarize_times"]
+__all__ = [
+    "BASELINE_MFU", "DEVICE_BANDS", "PARAM_BANDS", "Judged", "TimeSummary", "band", "baseline_step_s", "group_times", "summarize_groups",
+    "summarize_times",
+]  # fmt: skip
 
 BASELINE_MFU = 0.45
 """The share of peak that the baseline assumes of every run; the median of the ten runs of arXiv:2104.04473 table 1, which flatters it there."""
@@ -137,3 +140,11 @@ def group_times(rows: Iterable[tuple[str, Judged]], order: Sequence[str] = ()) -
         groups.setdefault(name, []).append(row)
     others = sorted(groups.keys() - set(order), key=lambda name: (-len(groups[name]), name))
     return {name: summarize_times(groups[name]) for name in (*order, *others) if groups[name]}
+
+
+def summarize_groups(groups: dict[str, TimeSummary]) -> dict[str, float | None]:
+    """Medians over the groups of their own numbers: each group weighs the same, however many rows it has."""
+    own = ("median_abs_error_fraction", "p90_abs_error_fraction", "median_error_fraction")
+    names = (*own, "interval_coverage_fraction", *(f"baseline_{name}" for name in own))
+    found: dict[str, float | None] = {"num_groups": len(groups)}
+    return found | {name: float(np.median([getattr(one, name) for one in groups.values()])) if groups else None for name in names}

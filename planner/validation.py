@@ -26,7 +26,18 @@ from planner.nearby import KnownRun
 from planner.plan import Plan
 from planner.ranking import ChoiceSummary, choices, summarize_choices
 from planner.resolve import resolve
-from planner.summaries import BASELINE_MFU, DEVICE_BANDS, PARAM_BANDS, Judged, TimeSummary, band, baseline_step_s, group_times, summarize_times
+from planner.summaries import (
+    BASELINE_MFU,
+    DEVICE_BANDS,
+    PARAM_BANDS,
+    Judged,
+    TimeSummary,
+    band,
+    baseline_step_s,
+    group_times,
+    summarize_groups,
+    summarize_times,
+)
 from planner.workers import map_ordered
 
 __all__ = ["ErrorSummary", "RowResult", "Skipped", "ValidationReport", "read_rows", "validate_rows"]
@@ -149,6 +160,11 @@ class ValidationReport:
         return {name: group_times(((key(row), judged) for row, judged in rows if judged is not None), order) for name, (key, order) in GROUPS.items()}
 
     @property
+    def sources_alike(self) -> dict[str, float | None]:
+        """Errors of the step time where each source weighs the same: a source of many similar runs decides less."""
+        return summarize_groups(self.time_groups["source"])
+
+    @property
     def skipped_reasons(self) -> dict[str, list[str]]:
         """Reason -> ids of the rows that were skipped for it, the most frequent one first."""
         found: dict[str, list[str]] = {}
@@ -186,6 +202,7 @@ class ValidationReport:
             "skipped_reasons": {reason: len(ids) for reason, ids in self.skipped_reasons.items()},
             "throughput": self.throughput.to_dict(),
             "baseline": self.baseline,
+            "sources_alike": self.sources_alike,
             "memory": asdict(self.memory),
             "memory_by_kind": {kind: asdict(found) for kind, found in self.memory_by_kind.items()},
             "num_left_out_rows": self.num_left_out,

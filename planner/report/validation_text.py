@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from planner.ranking import LEAST_LAYOUTS
@@ -105,17 +105,22 @@ def _sections(rows: Sequence[RowResult], table: Callable[[Sequence[RowResult]], 
 
 
 def _summary(report: ValidationReport) -> list[str]:
-    time, memory, baseline = report.throughput, report.memory, report.baseline
     header = ("", "rows", "median error", "90th percentile", "bias", "80% interval holds")
     rows: list[tuple[str, ...]] = []
-    if time.num_rows:
-        tail = (_percent(time.p90_abs_error_fraction), _signed(time.median_error_fraction), _percent(time.interval_coverage_fraction))
-        rows += [("step time, planner", str(time.num_rows), _percent(time.median_abs_error_fraction), *tail)]
-        naive = (_percent(baseline["median_abs_error_fraction"]), _percent(baseline["p90_abs_error_fraction"]))
-        rows += [(f"step time, {BASELINE}", str(time.num_rows), *naive, _signed(baseline["median_error_fraction"]), "-")]
-    if memory.num_rows:
-        own = _cells(vars(memory))
-        rows += [("peak memory, planner", *own[:3], "-", own[3])]
+
+    def add(what: str, count: int, numbers: Mapping[str, float | None], prefix: str = "") -> None:
+        median, tail, bias = (numbers[prefix + name] for name in ("median_abs_error_fraction", "p90_abs_error_fraction", "median_error_fraction"))
+        held = None if prefix else numbers["interval_coverage_fraction"]
+        rows.append((what, str(count), _percent(median), _percent(tail), _signed(bias), _percent(held)))
+
+    if report.throughput.num_rows:
+        alike, count = report.sources_alike, report.throughput.num_rows
+        for numbers, of in ((report.throughput.to_dict(), ""), (alike, f", middle one of {alike['num_groups']} sources")):
+            if not of or len(report.time_groups["source"]) > 1:
+                add(f"step time, planner{of}", count, numbers)
+                add(f"step time, {BASELINE}{of}", count, numbers, "baseline_")
+    if report.memory.num_rows:
+        add("peak memory, planner", report.memory.num_rows, {**vars(report.memory), "median_error_fraction": None})
     return [*_aligned(header, rows), ""] if rows else []
 
 

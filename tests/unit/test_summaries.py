@@ -3,7 +3,18 @@
 import pytest
 
 from planner.estimate import estimate
-from planner.summaries import BASELINE_MFU, DEVICE_BANDS, PARAM_BANDS, Judged, TimeSummary, band, baseline_step_s, group_times, summarize_times
+from planner.summaries import (
+    BASELINE_MFU,
+    DEVICE_BANDS,
+    PARAM_BANDS,
+    Judged,
+    TimeSummary,
+    band,
+    baseline_step_s,
+    group_times,
+    summarize_groups,
+    summarize_times,
+)
 
 
 def judged(predicted_s: float, measured_s: float, baseline_s: float = 1.0, reach: float = 1.1) -> Judged:
@@ -69,3 +80,12 @@ def test_the_baseline_counts_six_or_eight_flops_per_matmul_parameter(recompute: 
     assert plan.flops.counted_per_token == pytest.approx(flops, rel=0.003)  # the preset's vocabulary is its own
     found = baseline_step_s(plan.flops.counted_per_token, 64 * s, 64, plan.time.peak_flops_per_s)
     assert found == pytest.approx(64 * s * flops / (64 * 312e12 * BASELINE_MFU), rel=0.003)
+
+
+def test_groups_weigh_the_same() -> None:
+    rows = [("many", judged(1.01, 1.0, 2.0))] * 50 + [("few", judged(1.2, 1.0, 1.5)), ("one", judged(0.9, 1.0, 0.7))]
+    found = summarize_groups(group_times(rows))
+    assert found["num_groups"] == 3
+    assert found["median_abs_error_fraction"] == pytest.approx(0.1)  # of 0.01, 0.2, 0.1
+    assert found["baseline_median_abs_error_fraction"] == pytest.approx(0.5)  # of 1.0, 0.5, 0.3
+    assert summarize_groups({})["median_abs_error_fraction"] is None
