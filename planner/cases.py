@@ -16,13 +16,13 @@ from planner.graph import StepGraph, build_step_graph
 from planner.layout_rules import check_layout
 from planner.layout_space import complete_layout
 from planner.measured_requests import to_request
+from planner.measured_values import measured_step_s
 from planner.measurements import Measurement
 from planner.plan import Request, build_request
 from planner.resolve import Job, resolve
 from planner.run_files import read_plan, read_summary
 from planner.schedules import check_schedule
 from planner.step_work import StepWork, step_work
-from planner.validation import measured_step_s
 
 __all__ = ["Measured", "measure_request", "read_row", "read_run"]
 

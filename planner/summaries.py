@@ -1,21 +1,27 @@
-"""Errors of many predictions in a few numbers: medians, tails, intervals, against a constant share of peak, and whether the best is picked.
+"""Errors of many predicted step times in a few numbers: medians, tails, bias, intervals, beside a constant share of peak.
 
-In: `Judged` rows. Out: summaries for all of them and for groups, and `Choice`s: groups of rows that differ in their layout alone.
+In: `Judged` rows. Out: a `TimeSummary` of all of them, and of groups. Pure functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["BASELINE_MFU", "Choice", "Judged", "TimeSummary", "choices", "group_times", "spearman", "summarize_choices", "summarize_times"]
+__all__ = [
+    "BASELINE_MFU", "DEVICE_BANDS", "PARAM_BANDS", "Judged", "TimeSummary", "band", "baseline_step_s", "group_times", "summarize_groups",
+    "summarize_times",
+]  # fmt: skip
 
 BASELINE_MFU = 0.45
-"""What stands beside every error: hardware FLOPs over devices, peak and this."""
-LEAST_LAYOUTS = 4
+"""The share of peak that the baseline assumes of every run; the median of the ten runs of arXiv:2104.04473 table 1, which flatters it there."""
+DEVICE_BANDS = ((1.0, "1"), (8.0, "2-8"), (64.0, "9-64"), (512.0, "65-512"), (math.inf, "over 512"))
+PARAM_BANDS = ((1e9, "up to 1B"), (1e10, "1B-10B"), (1e11, "10B-100B"), (math.inf, "over 100B"))
+"""Largest value of each band, and its name."""
 
 
 @dataclass(frozen=True)
@@ -27,117 +33,118 @@ class Judged:
     low_s: float
     high_s: float
     baseline_s: float
-    group: Hashable
-    """Rows of one group differ in their layout alone."""
     source: str
-
-    @property
-    def error_fraction(self) -> float:
-        """Predicted over measured, less 1."""
-        return self.predicted_s / self.measured_s - 1
+    job: Hashable
+    """The same for rows that differ in their layout alone."""
+    layout: str
 
 
 @dataclass(frozen=True)
 class TimeSummary:
-    """Of absolute relative errors; None where nothing was measured."""
+    """Of relative errors; None where nothing was measured. Errors are of the step time, predicted / measured - 1, unless their name says else."""
 
     num_rows: int
-    median_abs_error_fraction: float | None
-    p90_abs_error_fraction: float | None
-    interval_coverage_fraction: float | None
+    median_abs_error_fraction: float | None = None
+    p90_abs_error_fraction: float | None = None
+    interval_coverage_fraction: float | None = None
     median_error_fraction: float | None = None
     """Signed: the bias."""
     median_interval_width_fraction: float | None = None
-    """(high - low) / predicted."""
+    """(high - low) / predicted, as `planner calibrate` states it."""
+    median_interval_range_fraction: float | None = None
+    """high / low - 1."""
+    throughput_median_abs_error_fraction: float | None = None
+    """Of tokens per second: measured step / predicted step - 1."""
+    throughput_p90_abs_error_fraction: float | None = None
     baseline_median_abs_error_fraction: float | None = None
     baseline_p90_abs_error_fraction: float | None = None
+    baseline_median_error_fraction: float | None = None
 
     @property
     def loses_to_baseline(self) -> bool:
         """Whether a constant share of peak has the smaller median error."""
-        own, other = self.median_abs_error_fraction, self.baseline_median_abs_error_fraction
-        return own is not None and other is not None and own > other
+        return _is_above(self.median_abs_error_fraction, self.baseline_median_abs_error_fraction)
+
+    @property
+    def loses_tail_to_baseline(self) -> bool:
+        """Whether it has the smaller 90th percentile."""
+        return _is_above(self.p90_abs_error_fraction, self.baseline_p90_abs_error_fraction)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {**asdict(self), "loses_to_baseline": self.loses_to_baseline, "loses_tail_to_baseline": self.loses_tail_to_baseline}
+
+
+def _is_above(own: float | None, other: float | None) -> bool:
+    return own is not None and other is not None and own > other
+
+
+def baseline_step_s(flops_per_token: float, tokens: float, num_devices: int, peak_flops_per_s: float) -> float:
+    """Seconds of a step at a constant share of peak: what the planner has to beat.
+
+    Formula: hardware FLOPs / (devices * peak * 0.45).
+
+    Args:
+        flops_per_token: hardware FLOPs, that is 6 per matmul parameter and attention over all pairs (none skipped for the causal mask), and
+            2 more for what is recomputed: all of it under full recompute, so 8 in all.
+        tokens: of one step, all devices together.
+        peak_flops_per_s: dense, of one device, at the rate of the run's precision (fp8's for an fp8 run).
+    Source: the usual rule of thumb; 45% as in comparisons of training simulators.
+
+    Example:
+        >>> baseline_step_s(6 * 7e9, 4e6, 128, 312e12)
+        9.348290598290598
+    """
+    return flops_per_token * tokens / (num_devices * peak_flops_per_s * BASELINE_MFU)
 
 
 def summarize_times(rows: Iterable[Judged]) -> TimeSummary:
     """Errors of some rows."""
     judged = list(rows)
     if not judged:
-        return TimeSummary(0, None, None, None)
+        return TimeSummary(0)
     predicted, measured, low, high, baseline = (
         np.array([getattr(row, name) for row in judged]) for name in ("predicted_s", "measured_s", "low_s", "high_s", "baseline_s")
     )
-    errors, naive = predicted / measured - 1, np.abs(baseline / measured - 1)
+    errors, rates, naive = predicted / measured - 1, measured / predicted - 1, baseline / measured - 1
     return TimeSummary(
-        len(judged),
-        float(np.median(np.abs(errors))),
-        float(np.quantile(np.abs(errors), 0.9)),
-        float(np.mean((low <= measured) & (measured <= high))),
-        float(np.median(errors)),
-        float(np.median((high - low) / predicted)),
-        float(np.median(naive)),
-        float(np.quantile(naive, 0.9)),
+        num_rows=len(judged),
+        median_abs_error_fraction=float(np.median(np.abs(errors))),
+        p90_abs_error_fraction=float(np.quantile(np.abs(errors), 0.9)),
+        interval_coverage_fraction=float(np.mean((low <= measured) & (measured <= high))),
+        median_error_fraction=float(np.median(errors)),
+        median_interval_width_fraction=float(np.median((high - low) / predicted)),
+        median_interval_range_fraction=float(np.median(high / low - 1)),
+        throughput_median_abs_error_fraction=float(np.median(np.abs(rates))),
+        throughput_p90_abs_error_fraction=float(np.quantile(np.abs(rates), 0.9)),
+        baseline_median_abs_error_fraction=float(np.median(np.abs(naive))),
+        baseline_p90_abs_error_fraction=float(np.quantile(np.abs(naive), 0.9)),
+        baseline_median_error_fraction=float(np.median(naive)),
     )
 
 
-def group_times(rows: Iterable[tuple[str, Judged]]) -> dict[str, TimeSummary]:
-    """The same for each name, in order of appearance."""
-    groups: dict[str, list[Judged]] = {}
-    for name, row in rows:
-        groups.setdefault(name, []).append(row)
-    return {name: summarize_times(own) for name, own in groups.items()}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A group of layouts of one job, all measured."""
-
-    source: str
-    num_layouts: int
-    regret_fraction: float
-    """Measured time of the layout predicted fastest over the best measured, less 1."""
-    spearman: float
-    """Rank correlation of predicted and measured times."""
-
-
-def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """Rank correlation; ties share their mean rank; 0 where one side is constant.
+def band(value: float, bands: Sequence[tuple[float, str]]) -> str:
+    """Name of the band that a value is in.
 
     Example:
-        >>> spearman([1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 40.0, 30.0])
-        0.8
+        >>> band(64, DEVICE_BANDS), band(65, DEVICE_BANDS)
+        ('9-64', '65-512')
     """
-    ranks = [np.array([(np.sum(x < a) + np.sum(x <= a) + 1) / 2 for a in x]) for x in (np.asarray(one), np.asarray(other))]
-    spread = [rank - rank.mean() for rank in ranks]
-    scale = float(np.sqrt(np.sum(spread[0] ** 2) * np.sum(spread[1] ** 2)))
-    return round(float(np.sum(spread[0] * spread[1])) / scale, 12) if scale else 0.0
+    return next(name for most, name in bands if value <= most)
 
 
-def choices(rows: Iterable[Judged]) -> list[Choice]:
-    """Every group of at least `LEAST_LAYOUTS` layouts."""
-    groups: dict[Hashable, list[Judged]] = {}
-    for row in rows:
-        groups.setdefault(row.group, []).append(row)
-    found = []
-    for own in groups.values():
-        if len(own) >= LEAST_LAYOUTS:
-            predicted, measured = [row.predicted_s for row in own], [row.measured_s for row in own]
-            picked = measured[int(np.argmin(predicted))]
-            found.append(Choice(own[0].source, len(own), picked / min(measured) - 1, spearman(predicted, measured)))
-    return found
+def group_times(rows: Iterable[tuple[str, Judged]], order: Sequence[str] = ()) -> dict[str, TimeSummary]:
+    """The same for each name: those of `order` first and so, then the largest groups."""
+    groups: dict[str, list[Judged]] = {name: [] for name in order}
+    for name, row in rows:
+        groups.setdefault(name, []).append(row)
+    others = sorted(groups.keys() - set(order), key=lambda name: (-len(groups[name]), name))
+    return {name: summarize_times(groups[name]) for name in (*order, *others) if groups[name]}
 
 
-def summarize_choices(found: Sequence[Choice]) -> dict[str, dict[str, Any]]:
-    """By source, and `all`: groups, mean and largest regret, mean rank correlation."""
-    by: dict[str, Callable[[Choice], bool]] = {"all": lambda _: True}
-    by |= {source: (lambda choice, name=source: choice.source == name) for source in dict.fromkeys(choice.source for choice in found)}  # type: ignore[misc]
-    summary = {}
-    for name, belongs in by.items():
-        own = [choice for choice in found if belongs(choice)]
-        if own:
-            regrets = [choice.regret_fraction for choice in own]
-            summary[name] = {
-                "num_groups": len(own), "mean_regret_fraction": float(np.mean(regrets)), "max_regret_fraction": float(np.max(regrets)),
-                "mean_spearman": float(np.mean([choice.spearman for choice in own])),
-            }  # fmt: skip
-    return summary
+def summarize_groups(groups: dict[str, TimeSummary]) -> dict[str, float | None]:
+    """Medians over the groups of their own numbers: each group weighs the same, however many rows it has."""
+    own = ("median_abs_error_fraction", "p90_abs_error_fraction", "median_error_fraction")
+    names = (*own, "interval_coverage_fraction", *(f"baseline_{name}" for name in own))
+    found: dict[str, float | None] = {"num_groups": len(groups)}
+    return found | {name: float(np.median([getattr(one, name) for one in groups.values()])) if groups else None for name in names}

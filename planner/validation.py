@@ -5,6 +5,7 @@ In: rows of `planner.measurements`. Out: a `ValidationReport`, as JSON (`validat
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,30 +13,34 @@ from typing import Any
 
 import numpy as np
 
-from planner.architectures import load_model
 from planner.assemble import QUANTILE_90
 from planner.errors import InputError, shorten
 from planner.estimate import estimate
 from planner.files import to_json
-from planner.graph import build_step_graph, model_flops_per_token
+from planner.graph import build_step_graph
 from planner.layout import describe_layout
 from planner.measured_requests import inferred, to_request
+from planner.measured_values import measured_memory_bytes, measured_step_s, memory_kind, predicted_memory_bytes
 from planner.measurements import Measurement, read_rows
 from planner.nearby import KnownRun
-from planner.op_cost import Numerics
 from planner.plan import Plan
+from planner.ranking import ChoiceSummary, choices, summarize_choices
 from planner.resolve import resolve
-from planner.summaries import BASELINE_MFU, Judged, TimeSummary, choices, group_times, summarize_choices, summarize_times
-from planner.units import GIB, MIB
+from planner.summaries import (
+    BASELINE_MFU,
+    DEVICE_BANDS,
+    PARAM_BANDS,
+    Judged,
+    TimeSummary,
+    band,
+    baseline_step_s,
+    group_times,
+    summarize_groups,
+    summarize_times,
+)
+from planner.workers import map_ordered
 
-__all__ = ["ErrorSummary", "RowResult", "Skipped", "ValidationReport", "memory_kind", "read_rows", "validate_rows"]
-
-JOB_COLUMNS = ("source", "model", "accelerator", "num_devices", "precision", "global_batch_size", "seq_len", "framework")
-"""What rows have in common that differ in their layout alone."""
-STATES = ("weights", "gradients", "optimizer", "activations", "logits")
-OUTSIDE_TORCH = ("context", "communication_buffers")
-"""What the framework's allocator does not count."""
-RESERVED_ONLY = ("allocator_slack",)
+__all__ = ["ErrorSummary", "RowResult", "Skipped", "ValidationReport", "read_rows", "validate_rows"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Skipped:
 
     id: str
     reason: str
+    kind: str
+    """The reason without the row's own value."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class RowResult:
     num_devices: int
     stack: str
     layout: str
+    recompute: str
     workload: str
     source_detail: str
     notes: str
@@ -77,9 +85,9 @@ class RowResult:
     precision: str
     num_params: int
     baseline_step_s: float
-    """Hardware FLOPs at `BASELINE_MFU` of peak."""
+    """See `planner.summaries.baseline_step_s`."""
     job_key: str
-    """The same for rows that differ in their layout alone."""
+    """The same for rows that differ in their layout and recompute alone."""
     is_left_out: bool
     """The stack was fitted to this row: its error in the summaries is that of a fit, and of nearby runs, without it and its like."""
     judged_error_fraction: float | None
@@ -96,7 +104,8 @@ class RowResult:
         predicted_s = self.measured_step_s * (1 + self.judged_error_fraction)
         reach = None if self.judged_spread is None else math.exp(QUANTILE_90 * self.judged_spread)
         low, high = (self.low_step_s, self.high_step_s) if reach is None else (predicted_s / reach, predicted_s * reach)
-        return Judged(predicted_s, self.measured_step_s, low, high, self.baseline_step_s, self.job_key, self.source)
+        layout = f"{self.layout}, recompute {self.recompute}"
+        return Judged(predicted_s, self.measured_step_s, low, high, self.baseline_step_s, self.source, self.job_key, layout)
 
 
 @dataclass(frozen=True)
@@ -129,13 +138,39 @@ class ValidationReport:
         return sum(row.is_left_out for row in self.per_row if row.judged is not None)
 
     @property
-    def choosing(self) -> dict[str, dict[str, Any]]:
+    def baseline(self) -> dict[str, float | None]:
+        """Errors of the step time that a constant share of peak makes on the same rows."""
+        time = self.throughput
+        return {
+            "mfu_fraction": BASELINE_MFU,
+            "median_abs_error_fraction": time.baseline_median_abs_error_fraction,
+            "p90_abs_error_fraction": time.baseline_p90_abs_error_fraction,
+            "median_error_fraction": time.baseline_median_error_fraction,
+        }
+
+    @property
+    def choosing(self) -> dict[str, ChoiceSummary]:
         """Whether the layout predicted fastest is the fastest, by source."""
         return summarize_choices(choices(row.judged for row in self.per_row if row.judged is not None))
 
-    def times_by(self, key: Callable[[RowResult], str]) -> dict[str, TimeSummary]:
-        """Errors of the step time by some key of the rows."""
-        return group_times((key(row), row.judged) for row in self.per_row if row.judged is not None)
+    @property
+    def time_groups(self) -> dict[str, dict[str, TimeSummary]]:
+        """Errors of the step time by each kind of group, bands in order of size, else the largest group first."""
+        rows = [(row, row.judged) for row in self.per_row]
+        return {name: group_times(((key(row), judged) for row, judged in rows if judged is not None), order) for name, (key, order) in GROUPS.items()}
+
+    @property
+    def sources_alike(self) -> dict[str, float | None]:
+        """Errors of the step time where each source weighs the same: a source of many similar runs decides less."""
+        return summarize_groups(self.time_groups["source"])
+
+    @property
+    def skipped_reasons(self) -> dict[str, list[str]]:
+        """Reason -> ids of the rows that were skipped for it, the most frequent one first."""
+        found: dict[str, list[str]] = {}
+        for one in self.skipped:
+            found.setdefault(one.kind, []).append(one.id)
+        return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
     @property
     def memory(self) -> ErrorSummary:
@@ -155,7 +190,7 @@ class ValidationReport:
             rows = [row for row in self.per_row if row.source == source]
             lost = sum(self.sources[s.id] == source for s in self.skipped)
             found[source] = {
-                "rows": len(rows) + lost, "skipped": lost, "throughput": asdict(_time_summary(rows)), "memory": asdict(_memory_summary(rows)),
+                "rows": len(rows) + lost, "skipped": lost, "throughput": _time_summary(rows).to_dict(), "memory": asdict(_memory_summary(rows)),
             }  # fmt: skip
         return found
 
@@ -164,13 +199,20 @@ class ValidationReport:
         return {
             "rows": len(self.per_row) + len(self.skipped),
             "skipped": [asdict(s) for s in self.skipped],
-            "throughput": asdict(self.throughput),
+            "skipped_reasons": {reason: len(ids) for reason, ids in self.skipped_reasons.items()},
+            "throughput": self.throughput.to_dict(),
+            "baseline": self.baseline,
+            "sources_alike": self.sources_alike,
             "memory": asdict(self.memory),
             "memory_by_kind": {kind: asdict(found) for kind, found in self.memory_by_kind.items()},
             "num_left_out_rows": self.num_left_out,
             "by_source": self.by_source(),
-            **{f"by_{name}": {group: asdict(found) for group, found in self.times_by(key).items()} for name, key in TIME_GROUPS.items()},
-            "choosing": self.choosing,
+            **{
+                f"by_{name}": {group: found.to_dict() for group, found in groups.items()}
+                for name, groups in self.time_groups.items()
+                if name != "source"
+            },
+            "choosing": {source: asdict(found) for source, found in self.choosing.items()},
             "per_row": [asdict(row) for row in self.per_row],
         }
 
@@ -189,20 +231,15 @@ def _time_summary(rows: Iterable[RowResult]) -> TimeSummary:
     return summarize_times(row.judged for row in rows if row.judged is not None)
 
 
-def _band(value: float, edges: Sequence[tuple[float, str]]) -> str:
-    return next(name for edge, name in edges if value <= edge)
-
-
-_DEVICES = ((1.0, "1"), (8.0, "2-8"), (64.0, "9-64"), (512.0, "65-512"), (math.inf, "over 512"))
-_PARAMS = ((1e9, "up to 1B"), (1e10, "1B-10B"), (1e11, "10B-100B"), (math.inf, "over 100B"))
-TIME_GROUPS: dict[str, Callable[[RowResult], str]] = {
-    "accelerator": lambda row: row.accelerator,
-    "stack": lambda row: row.stack,
-    "precision": lambda row: row.precision,
-    "devices": lambda row: _band(row.num_devices, _DEVICES),
-    "params": lambda row: _band(row.num_params, _PARAMS),
+GROUPS: dict[str, tuple[Callable[[RowResult], str], tuple[str, ...]]] = {
+    "source": (lambda row: row.source, ()),
+    "accelerator": (lambda row: row.accelerator, ()),
+    "stack": (lambda row: row.stack, ()),
+    "precision": (lambda row: row.precision, ()),
+    "devices": (lambda row: band(row.num_devices, DEVICE_BANDS), tuple(name for _, name in DEVICE_BANDS)),
+    "params": (lambda row: band(row.num_params, PARAM_BANDS), tuple(name for _, name in PARAM_BANDS)),
 }
-"""By what errors of step times are grouped, beside their source."""
+"""By what errors of step times are grouped, and the order of the groups where they have one."""
 
 
 def _memory_summary(rows: Iterable[RowResult]) -> ErrorSummary:
@@ -215,72 +252,6 @@ def _memory_summary(rows: Iterable[RowResult]) -> ErrorSummary:
     return _summary(found)
 
 
-def measured_step_s(row: Measurement, request: dict[str, Any], peak_flops_per_s: float) -> float | None:
-    """Seconds per step of a row: as printed, or from tokens/s, or from FLOP/s or MFU where their definition is known.
-
-    Formula: tokens per step / (devices * tokens/s/device); tokens/s/device = FLOP/s/device / FLOPs per token. The FLOPs per token are
-    eq. 3 of arXiv:2104.04473, 96 B s l h^2 (1 + s/6h + V/16lh), or model FLOPs with full or causal-half attention.
-    """
-    if row.number("measured_step_s"):
-        return row.number("measured_step_s")
-    workload = request["workload"]
-    tokens = workload["global_batch_size"] * workload["seq_len"] / request["cluster"]["num_devices"]
-    rate = row.number("measured_tokens_per_s_per_device") or row.number("tokens_per_s_per_device_from_flops")
-    if rate is None:
-        flops_per_s = (row.number("measured_tflops_per_device") or 0.0) * 1e12 or (row.number("measured_mfu") or 0.0) * peak_flops_per_s
-        per_token = _published_flops_per_token(row, request)
-        rate = flops_per_s / per_token if per_token else None
-    return tokens / rate if rate else None
-
-
-def _published_flops_per_token(row: Measurement, request: dict[str, Any]) -> float | None:
-    definition, seq_len = row.text("flops_definition"), request["workload"]["seq_len"]
-    if "96bslh" in definition:
-        h, layers, vocab = (float(row.count(name)) for name in ("hidden_size", "num_layers", "vocab"))
-        per_token: float = 96.0 * layers * h**2 * (1 + seq_len / (6 * h) + vocab / (16 * layers * h))
-        return per_token
-    if not definition.startswith("model"):
-        return None
-    flops = model_flops_per_token(load_model(request["model"]), seq_len, Numerics())
-    convention = "causal" if "causal" in definition else "full" if "attn full" in definition else ""
-    return flops.get(convention)
-
-
-def memory_kind(definition: str) -> str:
-    """What a published peak counts, from its `mem_definition`.
-
-    `states`: a breakdown into weights, gradients, optimizer states and activations. `allocated`: tensors that the framework held at once
-    (torch.cuda.max_memory_allocated). `reserved`: what its allocator took for them; so nanotron's chart is read, which prints one of the
-    two and lies about a tenth above what is allocated. `device`: all that nvidia-smi sees of the device, the
-    runtime's and the communication library's memory too; also where nothing is said.
-
-    Example:
-        >>> memory_kind("nvidia-smi, GB as printed"), memory_kind("torch max allocated GiB")
-        ('device', 'allocated')
-    """
-    definition = definition.lower()
-    for kind, word in (("device", "nvidia-smi"), ("states", "breakdown"), ("reserved", "reserved"), ("reserved", "nanotron")):
-        if word in definition:
-            return kind
-    return "allocated" if any(word in definition for word in ("torch", "allocated", "peak")) else "device"
-
-
-def predicted_memory_bytes(plan: Plan, definition: str) -> float:
-    """Peak bytes per device in the sense of a `mem_definition`; of the last stage where that is what its words are about."""
-    kind, stages = memory_kind(definition), plan.memory.stages
-    stage = stages[-1] if "last rank" in definition.lower() else stages[plan.memory.peak_stage]
-    parts = stage.breakdown_bytes
-    if kind == "states":
-        return sum(parts[name] for name in STATES)
-    outside = {"allocated": (*OUTSIDE_TORCH, *RESERVED_ONLY), "reserved": OUTSIDE_TORCH, "device": ()}[kind]
-    return stage.total_bytes - sum(parts[name] for name in outside)
-
-
-def _memory_unit_bytes(definition: str) -> float:
-    """GiB, but for gigabytes read off nvidia-smi, which prints MiB: thousands of them. (BigScience saw 80 GB on devices of 81,251 MiB.)."""
-    return 1000 * MIB if "nvidia-smi" in definition and "gb" in definition.replace("gib", "") else GIB
-
-
 def _result(row: Measurement) -> RowResult:
     """One row, predicted.
 
@@ -288,16 +259,15 @@ def _result(row: Measurement) -> RowResult:
         InputError: it cannot be expressed.
     """
     request = to_request(row)
-    published_gib = row.number("measured_peak_mem_gib")
     plan = estimate(request)
     time, layout = plan.time.step_s, plan.layout
     measured = measured_step_s(row, request, plan.time.peak_flops_per_s)
     left_out = None if measured is None else _known_run(plan, measured)
-    if measured is None and published_gib is None:
+    found = measured_memory_bytes(row)
+    if measured is None and found is None:
         raise InputError.single("measured_step_s", None, "neither time nor memory was published in known terms", "leave the row out")
     memory = predicted_memory_bytes(plan, row.text("mem_definition"))
     spread = memory / plan.memory.peak_bytes.value
-    found = None if published_gib is None else published_gib * _memory_unit_bytes(row.text("mem_definition"))
     workload = request["workload"]
     return RowResult(
         id=row.id,
@@ -307,6 +277,7 @@ def _result(row: Measurement) -> RowResult:
         num_devices=layout.num_devices,
         stack=request["stack"],
         layout=describe_layout(layout),
+        recompute=workload["recompute"],
         workload=f"{workload['global_batch_size']} x {workload['seq_len']}, {workload['precision']}, recompute {workload['recompute']}",
         source_detail=row.values.get("source_detail", ""),
         notes=row.values.get("notes", ""),
@@ -325,7 +296,7 @@ def _result(row: Measurement) -> RowResult:
         precision=workload["precision"],
         num_params=plan.params.total,
         baseline_step_s=_baseline_step_s(plan),
-        job_key=to_json([row.text(name) for name in JOB_COLUMNS]),
+        job_key=_job_key(row, request),
         is_left_out=left_out is not None,
         judged_error_fraction=None if measured is None else time.value / measured - 1 if left_out is None else left_out.left_out_error_fraction,
         judged_spread=None if left_out is None else left_out.left_out_spread,
@@ -344,27 +315,42 @@ def _known_run(plan: Plan, measured_step_s: float) -> KnownRun | None:
     return job.nearby.same(graph, job.cluster, measured_step_s, job.software_year)
 
 
+def _job_key(row: Measurement, request: dict[str, Any]) -> str:
+    """Source and request, less what the planner can be asked to choose, and less the length of the run."""
+    workload = {name: value for name, value in request["workload"].items() if name not in ("recompute", "tokens")}
+    key = to_json([row.text("source"), {**request, "workload": workload, "layout": None}])
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
 def _baseline_step_s(plan: Plan) -> float:
-    """Seconds of a step at a constant share of peak, every executed FLOP counted, attention over all pairs."""
     tokens = plan.time.tokens_per_s * plan.time.step_s.value
-    return plan.flops.counted_per_token * tokens / (plan.layout.num_devices * plan.time.peak_flops_per_s * BASELINE_MFU)
+    return baseline_step_s(plan.flops.counted_per_token, tokens, plan.layout.num_devices, plan.time.peak_flops_per_s)
 
 
-def validate_rows(rows: Iterable[Measurement], on_row: Callable[[int], None] | None = None) -> ValidationReport:
+def predict_row(row: Measurement) -> RowResult | Skipped:
+    """One row, or why it cannot be predicted: its configuration was not published in full or cannot be expressed; never that it is far off."""
+    try:
+        return _result(row)
+    except InputError as error:
+        reason = "; ".join(f"{p.key} = {shorten(p.value, 60)}: {p.rule}" for p in error.problems)
+        return Skipped(row.id, reason, "; ".join(f"{p.key}: {p.rule}" for p in error.problems))
+
+
+def validate_rows(rows: Iterable[Measurement], on_row: Callable[[int], None] | None = None, num_processes: int = 1) -> ValidationReport:
     """Predicts every row that can be expressed, and compares.
 
     Args:
         on_row: told how many rows are done.
-
-    A row is skipped only when its configuration was not published in full or cannot be expressed, never for being far off.
+        num_processes: the report is the same for any.
     """
-    results, skipped, sources = [], [], {}
-    for count, row in enumerate(rows):
+    rows = list(rows)
+    found = []
+    for one in map_ordered(predict_row, rows, num_processes):
+        found.append(one)
         if on_row is not None:
-            on_row(count)
-        sources[row.id] = row.values.get("source", "")
-        try:
-            results.append(_result(row))
-        except InputError as error:
-            skipped.append(Skipped(row.id, "; ".join(f"{p.key} = {shorten(p.value, 60)}: {p.rule}" for p in error.problems)))
-    return ValidationReport(tuple(results), tuple(skipped), sources)
+            on_row(len(found))
+    return ValidationReport(
+        tuple(one for one in found if isinstance(one, RowResult)),
+        tuple(one for one in found if isinstance(one, Skipped)),
+        {row.id: row.values.get("source", "") for row in rows},
+    )

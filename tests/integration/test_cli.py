@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from planner import estimate, load_plan
-from planner.files import to_yaml
+from planner.files import DATA_DIR, to_yaml
+from planner.measurements import read_rows
 from planner.report.plan_text import render_plan
 
 MODEL = {
@@ -167,3 +170,34 @@ def test_a_closed_pipe_is_no_fault(request_file: str) -> None:
     done = subprocess.run(["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     assert "fault" not in done.stderr
+
+
+@pytest.fixture
+def many_measurements(tmp_path: Path) -> str:
+    """So many rows that several processes predict them."""
+    header, *rows = (DATA_DIR / "measurements" / "anchors.csv").read_text(encoding="utf-8").splitlines()
+    path = tmp_path / "many.csv"
+    path.write_text("\n".join([header, *(f"{i}-{row}" for i in range(40) for row in rows)]), encoding="utf-8")
+    return str(path)
+
+
+def test_measurements_are_validated_in_their_order(many_measurements: str) -> None:
+    done = planner("validate", "--measurements", many_measurements, "--json")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    assert [row["id"] for row in found["per_row"]] == [row.id for row in read_rows(many_measurements)]
+    assert found["throughput"]["num_rows"] == 1200
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of a process group")
+@pytest.mark.parametrize("after_s", [1.0, 2.5])
+def test_ctrl_c_ends_all_processes_of_a_validation(many_measurements: str, after_s: float) -> None:
+    argv = [sys.executable, "-m", "planner", "validate", "--measurements", many_measurements]
+    run = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    time.sleep(after_s)
+    os.killpg(run.pid, signal.SIGINT)  # a terminal sends it to all processes
+    out, said = run.communicate(timeout=60)  # ends when the last one that holds the pipes has ended
+    assert run.returncode == 130
+    assert out == ""
+    assert "Traceback" not in said

@@ -15,7 +15,7 @@ import planner
 
 ROOT = Path(planner.__file__).parent
 LEVELS: dict[str, int] = {
-    **dict.fromkeys(("units", "errors", "registry", "files", "spec", "catalog_files"), 0),
+    **dict.fromkeys(("units", "errors", "registry", "files", "spec", "catalog_files", "workers"), 0),
     **dict.fromkeys(("precision", "optimizers", "model_spec", "workload", "layout", "curves", "hardware", "coefficients"), 1),
     **dict.fromkeys(("op_cost", "attention_op", "collective_op", "loss_op", "ops", "collectives", "layout_rules"), 2),
     "architectures": 3,
@@ -29,7 +29,7 @@ LEVELS: dict[str, int] = {
     "estimate": 8,
     **dict.fromkeys(("listing", "explain", "explanations", "compare", "peaks", "remedies", "validation", "calibration", "measurements", "report"), 9),
     **dict.fromkeys(("exporters", "importers", "fitting", "cases", "stack_fits", "measured_models", "measured_requests", "summaries"), 9),
-    **dict.fromkeys(("step_trace",), 9),
+    **dict.fromkeys(("measured_values", "ranking", "step_trace"), 9),
     **dict.fromkeys(("cli", "cli_export", "cli_calibrate", "cli_trace", "__main__"), 10),
 }  # fmt: skip
 """What a file may import: its own level and below. A new file needs a place in this list."""
@@ -43,6 +43,7 @@ UNIT_SUFFIX = re.compile(
 DIMENSIONLESS = {
     "value", "low", "high", "mfu", "hfu", "mfu_causal", "tokens_per_s", "tokens_per_s_per_device", "total", "irreducible", "tokens", "share",
     "rope_theta", "usd", "software_year", "last_year", "distance", "spearman", "judged_spread", "left_out_spread",
+    "mean_spearman",
 }  # fmt: skip
 """Float fields that carry their unit elsewhere: intervals and coefficients, ratios, counts of tokens."""
 

@@ -8,6 +8,7 @@ import pytest
 from planner.files import DATA_DIR
 from planner.report.validation_text import render_markdown
 from planner.validation import ValidationReport, read_rows, validate_rows
+from planner.workers import num_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +40,7 @@ def test_rows_that_a_stack_was_fitted_to_are_recognised_under_other_names(report
 )  # fmt: skip
 def test_errors_by_source(report: ValidationReport, source: str, median: float, p90: float) -> None:
     """A little above what is reached; a constant share of peak has 3.1% and 16.1% on the first."""
-    found = report.times_by(lambda row: row.source)[source]
+    found = report.time_groups["source"][source]
     assert found.median_abs_error_fraction is not None
     assert found.median_abs_error_fraction <= median
     assert found.p90_abs_error_fraction is not None
@@ -58,8 +59,8 @@ def test_the_whole_table_of_published_steps(page: tuple[ValidationReport, list[s
     assert time.baseline_median_abs_error_fraction is not None
     assert time.baseline_median_abs_error_fraction > 10 * time.median_abs_error_fraction
     choosing = whole.choosing["vtrain-single"]
-    assert choosing["mean_regret_fraction"] < 0.02
-    assert choosing["mean_spearman"] > 0.9
+    assert choosing.mean_regret_fraction < 0.02
+    assert choosing.mean_spearman > 0.9
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def page() -> tuple[ValidationReport, list[str]]:
     # Made again with the command that stands on the page.
     text = (ROOT / "docs" / "validation.md").read_text(encoding="utf-8")
     files = re.findall(r"--measurements (\S+)", text.split("```")[1])
-    return validate_rows(row for name in files for row in read_rows(ROOT / name)), files
+    return validate_rows((row for name in files for row in read_rows(ROOT / name)), num_processes=num_cores()), files
 
 
 def test_the_page_is_what_the_command_prints(page: tuple[ValidationReport, list[str]]) -> None:

@@ -8,9 +8,10 @@ from planner.errors import InputError
 from planner.estimate import estimate
 from planner.files import DATA_DIR, to_json
 from planner.measured_requests import stack_of, to_request
+from planner.measured_values import predicted_memory_bytes
 from planner.measurements import REQUIRED_COLUMNS, Measurement, read_rows
 from planner.units import GIB
-from planner.validation import predicted_memory_bytes, validate_rows
+from planner.validation import validate_rows
 
 ANCHORS = {row.id: row for row in read_rows(DATA_DIR / "measurements" / "anchors.csv")}
 PLAIN = ANCHORS["megatron-t1-7.5b"]
