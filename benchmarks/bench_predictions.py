@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from planner import estimate
-from planner.calibration import calibrate, read_run
+from planner.calibration import calibrate
+from planner.cases import read_run
 from planner.files import to_json
 from planner.plan import build_request
 

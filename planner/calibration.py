@@ -79,21 +79,21 @@ class Calibration:
         }  # fmt: skip
 
 
-def calibrate(steps: Sequence[Measured], stack_name: str, name: str | None = None) -> Calibration:
+def calibrate(steps: Sequence[Measured], stack_name: str | None = None, name: str | None = None) -> Calibration:
     """Fits a stack to measured steps.
 
     The intervals are the 10th to 90th percentile of measured over predicted, each predicted by a fit without the steps of its group.
 
     Args:
         steps: made with the stack to start from.
-        stack_name: that stack.
+        stack_name: that stack; None: the steps' own.
         name: of the new one; None: the old one's with `-calibrated`.
 
     Raises:
         InputError: fewer than three groups, a step named twice, or steps of several stacks.
     """
     _check(steps)
-    old = load_stack(stack_name)
+    old = load_stack(stack_name or steps[0].request.stack or steps[0].job.stack.name)
     batches, measured_s = make_batches([step.work for step in steps]), np.array([step.step_s for step in steps])
     start = np.array([start_of(old, step.job.cluster.accelerator.id) for step in steps])
     has_curves = any(step.job.cluster.accelerator.id in old.measured for step in steps)

@@ -43,7 +43,7 @@ def calibrate(
         fits.save(out)
         sys.stdout.write(to_json(fits.to_dict()) if as_json else render_fits(fits, out))
         return
-    found = run(steps, stack or steps[0].request.stack or steps[0].job.stack.name, Path(out).stem)
+    found = run(steps, stack, Path(out).stem)
     found.save(out)
     sys.stdout.write(to_json(found.to_dict()) if as_json else render_calibration(found, out))
 

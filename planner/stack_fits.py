@@ -10,7 +10,7 @@ import csv
 import datetime
 import gzip
 import io
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ NUM_FOLDS = 5
 LEAST_NOISE_FRACTION, USUAL_NOISE_FRACTION, USUAL_COUNT = 0.015, 0.05, 10.0
 NOISE_OF_RESIDUAL = 0.5
 """Share of the residuals' scatter that near runs do not have in common; the rest the Gaussian process explains."""
+UNKNOWN_YEAR = 2024.5
+"""Of software whose release was not published."""
+UNKNOWN_SPREAD = 0.25
+"""Of a stack of which no run is known: its coefficients are those of other stacks."""
 MAD_FACTOR = 1.4826
 """Standard deviation over median absolute deviation."""
 
@@ -154,17 +158,19 @@ def _levels(steps: Sequence[Measured]) -> list[Level]:
     ]
 
 
-def fit_stacks(steps: Sequence[Measured], groups: Sequence[Hashable] | None = None) -> StackFits:
+def fit_stacks(steps: Sequence[Measured], num_folds: int = NUM_FOLDS) -> StackFits:
     """Fits all stacks, and judges the fit by groups left out in turn.
 
     Args:
-        groups: of each step; None: its own.
+        num_folds: 0: no judging, the errors are of the formulas on the very runs.
     """
     batches, measured_s = make_batches([step.work for step in steps]), np.array([step.step_s for step in steps])
     weight, limits = np.array([step.weight_factor for step in steps]), Limits.physical()
     fit = fit_cases(batches, measured_s, weight, _levels(steps))
     log_ratio = np.log(measured_s / predict_s(batches, fit.theta, limits))
-    predicted_s, spread = cross_validate(steps, fold_of([step.group for step in steps] if groups is None else groups, NUM_FOLDS))
+    predicted_s, spread = measured_s / np.exp(log_ratio), np.full(len(steps), UNKNOWN_SPREAD)
+    if num_folds:
+        predicted_s, spread = cross_validate(steps, fold_of([step.group for step in steps], num_folds))
     rows = _evidence(steps, np.ones(len(steps), bool), log_ratio)
     errors = predicted_s / measured_s - 1
     told = tuple(
@@ -175,11 +181,11 @@ def fit_stacks(steps: Sequence[Measured], groups: Sequence[Hashable] | None = No
 
 
 def cross_validate(steps: Sequence[Measured], folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(seconds of every step, their spread), each by a fit and by nearby runs that saw no step of its fold."""
+    """(seconds of every step, their spread), each by a fit and by nearby runs that saw no step of its fold; fold -1 is always seen."""
     batches, measured_s = make_batches([step.work for step in steps]), np.array([step.step_s for step in steps])
     weight, limits, levels = np.array([step.weight_factor for step in steps]), Limits.physical(), _levels(steps)
-    predicted_s, spread = np.empty(len(steps)), np.empty(len(steps))
-    for fold in np.unique(folds):
+    predicted_s, spread = np.full(len(steps), np.nan), np.full(len(steps), np.nan)
+    for fold in np.unique(folds[folds >= 0]):
         is_out = folds == fold
         fit = fit_cases(batches, measured_s, np.where(is_out, 0.0, weight), levels)
         formulas_s = predict_s(batches, fit.theta, limits)
@@ -191,11 +197,6 @@ def cross_validate(steps: Sequence[Measured], folds: np.ndarray) -> tuple[np.nda
                 at = (step.graph, step.job.cluster, step.job.software_year)
                 spread[i], predicted_s[i] = runs.spread_at(*at), formulas_s[i] * np.exp(runs.log_ratio_at(*at))
     return predicted_s, spread
-
-
-UNKNOWN_YEAR = 2024.5
-UNKNOWN_SPREAD = 0.25
-"""Of a stack of which no run is known: its typical coefficients are those of other stacks."""
 
 
 def _evidence(steps: Sequence[Measured], is_known: np.ndarray, log_ratio: np.ndarray) -> list[dict[str, Any]]:
