@@ -23,8 +23,10 @@ from planner.timing import TimeBreakdown
 QUANTILE_90 = 1.2816
 """Standard deviations to the 90th percentile: an 80% interval on either side."""
 NUM_NEIGHBOURS = 5
+PUBLISHED_RUN = "published run"
+"""How evidence of the kind begins."""
 
-__all__ = ["QUANTILE_90", "assemble_plan", "counted_flops_per_token", "hardware_flops_per_token", "repeated_flops", "time_interval"]
+__all__ = ["PUBLISHED_RUN", "QUANTILE_90", "assemble_plan", "counted_flops_per_token", "hardware_flops_per_token", "repeated_flops", "time_interval"]
 
 
 def assemble_plan(
@@ -239,7 +241,7 @@ def _evidence(job: Job, graph: StepGraph) -> tuple[Evidence, ...]:
     nearest = [] if job.nearby is None else job.nearby.nearest(graph, job.cluster, NUM_NEIGHBOURS, job.software_year)
     found = [
         Evidence(
-            f"published run: {run.model} on {run.num_devices} {run.accelerator}, predicted over measured step time less 1",
+            f"{PUBLISHED_RUN}: {run.model} on {run.num_devices} {run.accelerator}, predicted over measured step time less 1",
             run.left_out_error_fraction, "measured", f"{run.source}, row {run.id}; {distance:.1f} away; predicted by a fit without it",
         )
         for distance, run in nearest

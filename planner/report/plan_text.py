@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Mapping
 
-from planner.plan import Interval, Plan
+from planner.assemble import PUBLISHED_RUN
+from planner.plan import Evidence, Interval, Plan
 from planner.units import DAY_S, format_count, format_duration, format_gib, format_si, format_usd
 
 __all__ = ["render_plan"]
@@ -24,6 +25,10 @@ LABELS = {
     "expert_parallel": "expert parallel, exposed",
     "fsdp": "FSDP, exposed",
     "data_parallel": "data parallel, exposed",
+    "host": "waiting for the host",
+    "kernel_gaps": "gaps between kernels",
+    "step_overhead": "rest of a step",
+    "correction": "as runs nearby say",
     "pipeline_transfer_and_bubble": "pipeline bubble",
     "matmul": "matmuls",
 }
@@ -152,16 +157,25 @@ def _tables(plan: Plan, width: int) -> str:
 
 
 def _trust(plan: Plan, width: int) -> str:
-    counts = {kind: sum(1 for e in plan.evidence if e.evidence == kind) for kind in ("measured", "fitted", "assumed")}
+    runs = [e for e in plan.evidence if e.name.startswith(PUBLISHED_RUN)]
+    coefficients = [e for e in plan.evidence if e not in runs]
+    counts = {kind: sum(1 for e in coefficients if e.evidence == kind) for kind in ("measured", "fitted", "assumed")}
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     days = plan.cost.mean_time_between_failures_s / DAY_S
     often = f"{days:.1f} days" if days >= 1 else format_duration(plan.cost.mean_time_between_failures_s)
     parts = [
-        f"{len(plan.evidence)} coefficients: {kinds}",
+        *([f"nearest published run {_nearest(runs[0])}"] if runs else ["no published run of this stack is known"]),
+        f"{len(coefficients)} coefficients: {kinds}",
         f"goodput {plan.cost.goodput_fraction:.1%}, one failure every {often}",
         "ranges in brackets are meant to hold 8 times in 10",
     ]
     return _wrapped("Trust  " + "; ".join(parts), width, " " * 7)
+
+
+def _nearest(run: Evidence) -> str:
+    """What it was and how far off it was predicted."""
+    what, place = run.name.removeprefix(PUBLISHED_RUN).split(",")[0].strip(": "), run.source.split(";")[0]
+    return f"({what}; {place}) was predicted {run.value:+.1%} off without it"
 
 
 def _assumptions(plan: Plan, width: int) -> str:
