@@ -3,6 +3,7 @@
     python benchmarks/bench_time_fit.py speed          # seconds of one fit of all stacks to the whole table
     python benchmarks/bench_time_fit.py sources        # each source predicted by a fit and nearby runs without it
     python benchmarks/bench_time_fit.py generations    # fitted on A100, used on H100; fitted on H100, used on Blackwell
+    python benchmarks/bench_time_fit.py five           # a source left out, then calibrated with five of its own runs
 
 Groups left out in five folds, the milder question, are what `planner calibrate --every-stack` prints.
 """
@@ -19,10 +20,13 @@ import numpy as np
 from planner.cases import Measured, read_row
 from planner.errors import InputError
 from planner.files import DATA_DIR
+from planner.fitting import NAMES, Level, Limits, fit_cases, make_batches, predict_s
 from planner.measurements import read_rows
-from planner.stack_fits import cross_validate, fit_stacks
+from planner.stack_fits import cross_validate, fit_stacks, levels_of
 
 GENERATIONS = {"A100": ("a100", "a800"), "H100": ("h100", "h200", "h800", "gh200"), "Blackwell": ("b200", "b300", "gb200", "gb300")}
+CALIBRATED, NUM_DRAWS = ("xlstm-llama", "vtrain-multi", "maxtext-readme", "tpu-recipes", "llm-foundry"), 5
+"""Sources that carry over worst, and one that carries over well."""
 STEPS: list[Measured] = []
 
 
@@ -85,10 +89,27 @@ def generations() -> None:
         say(told(f"fitted on {known}, used on {new}", *judged(steps, folds)))
 
 
+def five() -> None:
+    """Some sources left out; then five of their runs calibrate, and the others judge."""
+    batches, measured_s = make_batches([step.work for step in STEPS]), np.array([step.step_s for step in STEPS])
+    weight, limits, numbers = np.array([step.weight_factor for step in STEPS]), Limits.physical(), np.random.default_rng(0)
+    for source in CALIBRATED:
+        rows = np.flatnonzero([step.source == source for step in STEPS])
+        without = fit_cases(batches, measured_s, np.where(np.isin(np.arange(len(STEPS)), rows), 0.0, weight), levels_of(STEPS))
+        own, start = make_batches([STEPS[i].work for i in rows]), without.theta[rows]
+        before = np.median(np.abs(predict_s(own, start, limits) / measured_s[rows] - 1))
+        after = []
+        for _ in range(NUM_DRAWS):
+            picked = np.isin(np.arange(len(rows)), numbers.permutation(len(rows))[:5])
+            fit = fit_cases(own, measured_s[rows], picked.astype(float), [Level("stack", ("all",) * len(rows), NAMES)], start, limits)
+            after.append(np.median(np.abs(predict_s(own, fit.theta, limits) / measured_s[rows] - 1)[~picked]))
+        say(f"{source:<36}{len(rows):>6}{before:>9.1%} before, {np.median(after):.1%} after ({min(after):.1%} to {max(after):.1%})")
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "sources", "generations"))
+    parser.add_argument("what", choices=("speed", "sources", "generations", "five"))
     what = parser.parse_args().what
     start = time.perf_counter()
     STEPS.extend(read_steps())
@@ -99,7 +120,7 @@ def main() -> None:
         fits = fit_stacks(STEPS, num_folds=0)
         say(f"{len(fits.fit.added)} unknowns fitted in {time.perf_counter() - start:.1f} s")
     else:
-        {"sources": sources, "generations": generations}[what]()
+        {"sources": sources, "generations": generations, "five": five}[what]()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from planner.nearby import FEATURES, NearbyRuns, features_of, make_nearby, run_n
 from planner.spec import build
 from planner.stack import StackSpec, load_stack, stack_names
 
-__all__ = ["StackFits", "cross_validate", "fit_stacks"]
+__all__ = ["StackFits", "cross_validate", "fit_stacks", "levels_of"]
 
 SHARED_FACTOR, KIN_FACTOR, DEVICE_FACTOR = 0.5, 0.5, 0.5
 """Of the terms' spreads: what all stacks may add to the table, one stack to its kin, and one device to a stack."""
@@ -145,7 +145,8 @@ LEAST_MOVE = 0.005
 """On the scale of the fit: what a device adds to less is left out of a stack's file."""
 
 
-def _levels(steps: Sequence[Measured]) -> list[Level]:
+def levels_of(steps: Sequence[Measured]) -> list[Level]:
+    """What all stacks add to the table, what stacks of one root add, what one of several adds, and what a device adds to a stack."""
     by_device = tuple(name for name, term in TERMS.items() if term.differs_by_device)
     stacks = [step.job.stack for step in steps]
     roots = {stack.kin for stack in stacks if stack.kin is not None}
@@ -166,7 +167,7 @@ def fit_stacks(steps: Sequence[Measured], num_folds: int = NUM_FOLDS) -> StackFi
     """
     batches, measured_s = make_batches([step.work for step in steps]), np.array([step.step_s for step in steps])
     weight, limits = np.array([step.weight_factor for step in steps]), Limits.physical()
-    fit = fit_cases(batches, measured_s, weight, _levels(steps))
+    fit = fit_cases(batches, measured_s, weight, levels_of(steps))
     log_ratio = np.log(measured_s / predict_s(batches, fit.theta, limits))
     predicted_s, spread = measured_s / np.exp(log_ratio), np.full(len(steps), UNKNOWN_SPREAD)
     if num_folds:
@@ -183,7 +184,7 @@ def fit_stacks(steps: Sequence[Measured], num_folds: int = NUM_FOLDS) -> StackFi
 def cross_validate(steps: Sequence[Measured], folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(seconds of every step, their spread), each by a fit and by nearby runs that saw no step of its fold; fold -1 is always seen."""
     batches, measured_s = make_batches([step.work for step in steps]), np.array([step.step_s for step in steps])
-    weight, limits, levels = np.array([step.weight_factor for step in steps]), Limits.physical(), _levels(steps)
+    weight, limits, levels = np.array([step.weight_factor for step in steps]), Limits.physical(), levels_of(steps)
     predicted_s, spread = np.full(len(steps), np.nan), np.full(len(steps), np.nan)
     for fold in np.unique(folds[folds >= 0]):
         is_out = folds == fold
