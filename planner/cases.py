@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from planner.best_layouts import complete_layout
 from planner.errors import InputError
 from planner.files import to_json
 from planner.graph import StepGraph, build_step_graph
 from planner.layout_rules import check_layout
-from planner.layout_space import complete_layout
 from planner.measured_requests import to_request
 from planner.measured_values import measured_step_s
 from planner.measurements import Measurement

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from planner.assemble import assemble_plan
+from planner.best_layouts import complete_layout
 from planner.economics import estimate_cost, estimate_goodput
 from planner.graph import build_step_graph
 from planner.layout_rules import check_layout
-from planner.layout_space import complete_layout
 from planner.memory import estimate_memory
 from planner.plan import Plan, Request, build_request
 from planner.resolve import resolve

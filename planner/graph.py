@@ -30,6 +30,7 @@ __all__ = [
     "build_step_graph",
     "count_params",
     "first_of_each_kind",
+    "in_pipeline",
     "make_numerics",
     "model_flops_per_token",
     "over_stages",
@@ -206,19 +207,26 @@ def build_step_graph(
     """
     shard = Shard(layout.micro_batch_size, seq_len, layout.tp, layout.cp, layout.ep, layout.sequence_parallel)
     listed = model_ops(model)
+    costs = [_costs(ops, shard, numerics) for ops in (listed.embedding, *(ops for _, ops in listed.blocks), listed.head)]
+    parts = _staged(listed, costs, layout)
+    return StepGraph(model, workload, layout, numerics, precision, shard, parts, seq_len, global_batch_size)
+
+
+def in_pipeline(graph: StepGraph, layout: LayoutArrays) -> StepGraph:
+    """The same shards and batches in another pipeline, with their data parallelism: no op is looked at again."""
+    return replace(graph, layout=layout, parts=_staged(model_ops(graph.model), [part.costs for part in graph.parts], layout))
+
+
+def _staged(listed: ModelOps, costs: Sequence[tuple[OpCost, ...]], layout: Layout | LayoutArrays) -> tuple[Part, ...]:
+    """Embedding, each kind of block, head, with how often each runs on each stage."""
     pp = layout.pp
     num_chunks = pp * layout.num_virtual_stages // SCHEDULES[layout.schedule].parameter_copies
     counts = stage_counts(listed.layers, len(listed.blocks), pp, num_chunks)
     first, last = np.zeros(pp), np.zeros(pp)
     first[0] = last[-1] = 1
     later = _later_counts(listed.layers, len(listed.blocks), pp, num_chunks)
-    blocks = tuple(Part(name, _costs(ops, shard, numerics), counts[kind], True, tuple(later[kind])) for kind, (name, ops) in enumerate(listed.blocks))
-    parts = (
-        Part("embedding", _costs(listed.embedding, shard, numerics), first, False),
-        *blocks,
-        Part("head", _costs(listed.head, shard, numerics), last, False),
-    )
-    return StepGraph(model, workload, layout, numerics, precision, shard, parts, seq_len, global_batch_size)
+    blocks = (Part(name, costs[kind + 1], counts[kind], True, tuple(later[kind])) for kind, (name, _) in enumerate(listed.blocks))
+    return (Part("embedding", costs[0], first, False), *blocks, Part("head", costs[-1], last, False))
 
 
 def whole_model(listed: ModelOps, seq_len: int, numerics: Numerics) -> list[tuple[str, float, OpCost]]:

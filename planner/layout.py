@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from planner.spec import PositiveInt, Spec, ZeroStage
+from planner.spec import PositiveInt, ScheduleName, Spec, ZeroStage
 
 __all__ = ["Layout", "LayoutArrays", "PartialLayout", "chunk_sizes", "describe_layout"]
-
-ScheduleName = Literal["gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "dualpipe"]
 
 
 class Layout(Spec):
@@ -91,11 +89,18 @@ class LayoutArrays:
     pp: int = 1
     num_virtual_stages: int = 1
     schedule: str = "1f1b"
+    dp_in_all: Any = None
+    """Their product, where it varies along fewer axes than its factors."""
 
     @property
     def dp(self) -> Any:
         """Data-parallel ranks in all, [n]."""
-        return self.dp_replicate * self.dp_shard
+        return self.dp_replicate * self.dp_shard if self.dp_in_all is None else self.dp_in_all
+
+    @property
+    def num_devices(self) -> Any:
+        """Devices that each layout occupies, [n]."""
+        return self.dp * self.tp * self.cp * self.pp
 
     def take(self, index: Any) -> LayoutArrays:
         """The layouts at `index`."""

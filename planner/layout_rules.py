@@ -190,9 +190,14 @@ def _path(key: str) -> str:
     return key if key == "layout" else f"layout.{key}"
 
 
-def legal_layouts(layouts: LayoutArrays, facts: Facts) -> tuple[np.ndarray, dict[str, int]]:
-    """Which of many layouts keep every rule, [n], and how many each rule was the first to refuse."""
-    legal = np.ones(np.shape(layouts.tp), bool)
+def legal_layouts(layouts: LayoutArrays, facts: Facts, among: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+    """Which of many layouts keep every rule, and how many each rule was the first to refuse.
+
+    Args:
+        facts: `num_devices` may differ from layout to layout.
+        among: those that are looked at; its shape is that of all layouts, and of the answer.
+    """
+    legal = among
     refused: dict[str, int] = {}
     for rule in RULES:
         holds = np.broadcast_to(rule.holds(layouts, facts), legal.shape)

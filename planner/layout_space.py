@@ -1,133 +1,150 @@
-"""All layouts worth trying for a job, and the best one of them."""
+"""All layouts worth trying for a job, and the best of them.
+
+In: a job, the keys of a layout that are given, numbers of devices. Out: grids of every legal layout that the job's stack can run; and the
+fastest that fit, exact to the last digit.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
 from planner.errors import InputError
 from planner.layout import Layout, PartialLayout
-from planner.layout_rules import check_layout, legal_layouts
-from planner.pricing import LayoutTable, Prices, price_layouts
+from planner.layout_grid import Axes, LayoutGrid, make_grid, without_unused
+from planner.layout_rules import check_layout
 from planner.resolve import Job
 from planner.schedules import SCHEDULES
 
-__all__ = ["complete_layout", "layout_space"]
+__all__ = ["LayoutSpace", "layout_space", "no_layout"]
 
-LONG_SEQ_LEN = 16384
-"""Context parallelism is tried from here on."""
-MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-COLUMNS = tuple(Layout.model_fields)
-
-
-def _divisors(number: int) -> list[int]:
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
+LONGEST_CHUNKS = 8
+"""Numbers of virtual stages that are tried for one pipeline, at most."""
+LEAST_LOCAL_TOKENS = 1024
+"""Context parallelism is tried while each rank keeps so many tokens of a sequence."""
+LARGEST_MICRO_BATCH = 64
+LARGEST_TP = 64
 
 
-def _schedules(given: PartialLayout, pp: int, num_layers: int) -> list[tuple[str, int]]:
-    """(schedule, num_virtual_stages) to try for a pipeline of `pp` stages."""
-    if given.schedule is not None:
-        versions = (given.num_virtual_stages,) if given.num_virtual_stages else SCHEDULES[given.schedule].usual_virtual_stages
-        return [(given.schedule, v) for v in versions]
-    if given.num_virtual_stages is not None:
-        return [("interleaved_1f1b" if given.num_virtual_stages > 1 else "1f1b", given.num_virtual_stages)]
-    if pp == 1:
-        return [("1f1b", 1)]
-    return [("1f1b", 1), *(("interleaved_1f1b", v) for v in (2, 4) if pp * v <= num_layers)]
+@dataclass(frozen=True, eq=False)
+class LayoutSpace:
+    """Every legal layout of a job."""
+
+    grids: list[LayoutGrid]
+    num_combined: int
+    """Combinations of degrees that make up a number of devices asked for."""
+    refused: dict[str, int]
+    """How many of them each rule was the first to refuse."""
+
+    @property
+    def num_legal(self) -> int:
+        """Layouts that keep every rule."""
+        return sum(int(np.count_nonzero(grid.legal)) for grid in self.grids)
 
 
-def layout_space(job: Job, given: PartialLayout) -> LayoutTable:
-    """Every legal layout that keeps the given keys.
+def layout_space(job: Job, given: PartialLayout, device_counts: Sequence[int] | None = None) -> LayoutSpace:
+    """Every legal layout that the job's stack can run and that keeps the given keys.
 
-    Tried: tp within a scale-up domain, cp for long sequences, pp up to the layers, ep over the experts' divisors, replicas per
-    scale-up domain count, micro-batches in powers of two, ZeRO as the stack does it.
+    Tried: tp up to a scale-up domain, cp while ranks keep 1,024 tokens, pp up to the layers, all divisors of the experts for ep, every number of
+    replicas, micro-batches that divide the batch up to 64, with and without sequence parallelism, the stack's ZeRO stages and schedules, with
+    up to 8 numbers of virtual stages.
+
+    Args:
+        device_counts: numbers of devices to try; None: the job's own. All must have the job's nodes and links.
     """
-    world, model = job.cluster.num_devices, job.model
-    degrees = _divisors(world)
+    counts = sorted(set(device_counts or [job.cluster.num_devices]))
+    axes = Axes(_shards(job, given, counts), _batches(job, given), np.array(counts), _replicas(given, counts), given.dp_shard)
+    grids = [
+        make_grid(job.facts, axes, pipeline, zero) for pipeline in _pipelines(job, given, counts) for zero in _zero_stages(job, given, pipeline[0])
+    ]
+    grids.sort(key=lambda grid: (grid.layouts.pp, grid.layouts.zero_stage))
+    refused: dict[str, int] = {}
+    for grid in grids:
+        for rule, count in grid.refused.items():
+            refused[rule] = refused.get(rule, 0) + count
+    return LayoutSpace(without_unused(grids), sum(grid.num_combined for grid in grids), refused)
 
-    def pick(name: str, options: list[int]) -> list[int]:
+
+def _divisors(numbers: Sequence[int], limit: int) -> list[int]:
+    """All that divide one of the numbers."""
+    found: set[int] = set()
+    for number in numbers:
+        small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+        found |= {d for each in small for d in (each, number // each) if d <= limit}
+    return sorted(found)
+
+
+def _shards(job: Job, given: PartialLayout, counts: Sequence[int]) -> np.ndarray:
+    """tp, cp and ep, [3, W]."""
+
+    def options(name: str, tried: list[int]) -> list[int]:
         value = getattr(given, name)
-        return options if value is None else [value]
+        return [value] if value is not None else tried if name in job.stack.axes else [1]
 
-    in_place = job.stack.weight_storage == "fp32_in_place"
-    zero_stages = pick("zero_stage", [1, 3] if in_place else [1])
-    experts = _divisors(model.moe.num_experts) if model.moe else [1]
-    rows: list[tuple[object, ...]] = []
-    for tp, cp, pp in product(
-        pick("tp", [d for d in degrees if d <= min(job.cluster.scale_up.domain_size, 64)]),
-        pick("cp", [d for d in degrees if d <= 64] if job.seq_len > LONG_SEQ_LEN else [1]),
-        pick("pp", [d for d in degrees if d <= model.num_layers]),
-    ):
-        if world % (tp * cp * pp):
-            continue
-        dp = world // (tp * cp * pp)
-        replicas = pick("dp_replicate", sorted({1, max(dp * tp * cp // job.cluster.scale_up.domain_size, 1)}))
-        parallel = [tp > 1] if given.sequence_parallel is None else [given.sequence_parallel]
-        for replicate, (schedule, v), ep, zero, sp, micro in product(
-            replicas,
-            _schedules(given, pp, model.num_layers),
-            pick("ep", experts),
-            zero_stages,
-            parallel,
-            pick("micro_batch_size", list(MICRO_BATCH_SIZES)),
-        ):
-            shard = given.dp_shard or (1 if zero == 0 else max(dp // replicate, 1))
-            if given.dp_replicate is None and zero == 0:
-                replicate = dp // shard
-            rows.append((replicate, shard, tp, cp, pp, v, schedule, ep, zero, sp, micro))
-    columns = (
-        {name: np.array(column) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)}
-        if rows
-        else {name: np.array([], int) for name in COLUMNS}
-    )
-    return _only_legal(job, LayoutTable(columns))
+    tps = options("tp", _divisors(counts, min(job.cluster.scale_up.domain_size, LARGEST_TP)))
+    cps = options("cp", _divisors(counts, max(job.seq_len // LEAST_LOCAL_TOKENS, 1)))
+    experts = job.model.moe.num_experts if job.model.moe else 1
+    return np.array(list(product(tps, cps, options("ep", _divisors([experts], experts))))).T
 
 
-def _only_legal(job: Job, table: LayoutTable) -> LayoutTable:
-    keep = np.zeros(len(table), bool)
-    for rows, layouts in table.groups() if len(table) else []:
-        legal, _ = legal_layouts(layouts, job.facts)
-        schedule = SCHEDULES[layouts.schedule]
-        microbatches = job.global_batch_size // np.maximum(layouts.dp * layouts.micro_batch_size, 1)
-        legal[legal] = schedule.legal(layouts.pp, layouts.num_virtual_stages, np.maximum(microbatches[legal], 1))
-        keep[rows] = legal
-    return table.take(keep)
+def _batches(job: Job, given: PartialLayout) -> np.ndarray:
+    """micro_batch_size and sequence_parallel, [2, B]."""
+    sizes = [given.micro_batch_size] if given.micro_batch_size else _divisors([job.global_batch_size], LARGEST_MICRO_BATCH)
+    is_parallel = [given.sequence_parallel] if given.sequence_parallel is not None else [False, True] if "tp" in job.stack.axes else [False]
+    return np.array(list(product(sizes, is_parallel))).T
 
 
-def complete_layout(job: Job, given: PartialLayout) -> tuple[Layout, list[str]]:
-    """The layout itself when complete; else the fastest one that fits, or the smallest one when none does.
+def _replicas(given: PartialLayout, counts: Sequence[int]) -> np.ndarray:
+    return np.array([given.dp_replicate] if given.dp_replicate is not None else _divisors(counts, max(counts)))
 
-    Raises:
-        InputError: no layout keeps the given keys and the rules.
-    """
-    if given.is_complete:
-        return given.complete(), []
-    table = layout_space(job, given)
-    if not len(table):
-        raise _no_layout(job, given)
-    prices = price_layouts(job, table)
-    is_safe = prices.peak_bytes * job.stack.memory_interval.high <= job.cluster.accelerator.memory_bytes
-    among = f"of {len(table):,} legal ones"
-    if is_safe.any():
-        best, found = _fastest(prices, is_safe), f"layout: the fastest {among} that fits even at the upper bound of its memory"
-    elif prices.fits.any():
-        best, found = _fastest(prices, prices.fits), f"layout: the fastest {among} that fits; none fits at the upper bound of its memory"
+
+def _zero_stages(job: Job, given: PartialLayout, pp: int) -> list[int]:
+    if given.zero_stage is not None:
+        return [given.zero_stage]
+    in_pipelines = job.stack.zero_stages_in_pipelines
+    return list(job.stack.zero_stages if pp == 1 or in_pipelines is None else in_pipelines)
+
+
+def _pipelines(job: Job, given: PartialLayout, counts: Sequence[int]) -> list[tuple[int, int, str]]:
+    """(pp, num_virtual_stages, schedule) to try."""
+    layers = job.model.num_layers
+    tried = [given.pp] if given.pp is not None else _divisors(counts, layers + 2) if "pp" in job.stack.axes else [1]
+    return [(pp, v, name) for pp in tried for name, v in _schedules(job, given, pp)]
+
+
+def _schedules(job: Job, given: PartialLayout, pp: int) -> list[tuple[str, int]]:
+    """(schedule, num_virtual_stages) to try for a pipeline of `pp` stages."""
+    own = given.num_virtual_stages
+    if given.schedule is None and pp == 1:
+        names = ["interleaved_1f1b" if own is not None and own > 1 else "1f1b"]
     else:
-        best, found = int(np.argmin(prices.peak_bytes)), f"layout: none {among} fits; this one needs least memory"
-    return table.row(best), [found]
+        names = [given.schedule] if given.schedule is not None else list(job.stack.schedules)
+    found: list[tuple[str, int]] = []
+    for name in names:
+        schedule = SCHEDULES[name]
+        tried = _virtual_stages(job.model.num_layers, pp) if schedule.needs_virtual_stages else list(schedule.usual_virtual_stages)
+        found += [(name, v) for v in ([own] if own is not None else tried)]
+    return found
 
 
-def _fastest(prices: Prices, allowed: np.ndarray) -> int:
-    return int(np.argmin(np.where(allowed, prices.step_s, np.inf)))
+def _virtual_stages(num_layers: int, pp: int) -> list[int]:
+    """Chunks per stage of which each number makes chunks of another size, the evenest first and at most 8 of them."""
+    by_size: dict[int, int] = {}
+    for v in range(2, num_layers // pp + 1):
+        size = -(-num_layers // (pp * v))
+        by_size[size] = max(by_size.get(size, 0), v)
+    by_evenness = sorted(by_size.values(), key=lambda v: (-num_layers % (pp * v) / (pp * v), v))
+    return sorted(by_evenness[:LONGEST_CHUNKS])
 
 
-def _no_layout(job: Job, given: PartialLayout) -> InputError:
+def no_layout(job: Job, given: PartialLayout) -> InputError:
     """Why nothing is left: the rules that a plain layout with the given keys breaks, or else the batch."""
     world = job.cluster.num_devices
     fixed = (given.tp or 1) * (given.cp or 1) * (given.pp or 1)
-    layout = given.complete(dp_shard=max(world // (fixed * (given.dp_replicate or 1)), 1), zero_stage=1)
+    layout: Layout = given.complete(dp_shard=max(world // (fixed * (given.dp_replicate or 1)), 1), zero_stage=1)
     try:
         check_layout(layout, job.facts)
     except InputError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 from planner.graph import StepGraph
 from planner.hardware import Cluster
 from planner.stack import StackSpec
-from planner.stage_memory import WORKSPACES, StageMemory, Terms
+from planner.stage_memory import WORKSPACES, Instant, StageMemory, Terms
 
 __all__ = ["INSTANTS", "MemoryBreakdown", "estimate_memory", "memory_terms", "peak_memory"]
 
@@ -102,13 +104,37 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
 
 
 def peak_memory(graph: StepGraph, stack: StackSpec) -> Array:
-    """`estimate_memory(...).peak_bytes`, [...], without the parts: for many layouts.
+    """`estimate_memory(...).peak_bytes`, [...], but for rounding and without the parts: for many layouts.
 
     Stages of a kind that hold no more than the first of it are left out.
     """
-    lasting, found = memory_terms(graph, stack, only_fullest=True)
-    largest = reduce(np.maximum, (_sum(_by_part(lasting, terms)) for terms in found.values()))
-    return np.max(largest + stack.context + largest * stack.allocator_slack_fraction, axis=-1)
+    held = StageMemory(graph, stack, only_fullest=True)
+    # Sums of few numbers first: what differs between splits of the data, and what is there at all instants, is added last.
+    alive = reduce(np.maximum, (_where(instant) for instant in held.instants().values()))
+    alive = np.maximum(total_of([alive, *_values(held.throughout)]), held.gradients)
+    most = total_of([alive, stack.workspace, *_lasting(held, graph, stack).values()])
+    return np.max(most * (1 + stack.allocator_slack_fraction), axis=-1) + stack.context
+
+
+def _where(instant: Instant) -> Array:
+    """Bytes at one instant; nothing where it does not come."""
+    if not np.any(instant.where):
+        return np.zeros(1)
+    total = total_of(_values(instant.terms))
+    return total if np.all(instant.where) else np.where(instant.where, total, 0.0)
+
+
+def _values(terms: Terms) -> list[Array]:
+    return [num_bytes for held in terms.values() for num_bytes in held.values()]
+
+
+def total_of(values: Sequence[Array]) -> Array:
+    """Their sum, arrays of one shape among themselves first and small ones before large ones."""
+    by_shape: dict[tuple[int, ...], Array] = {}
+    for value in values:
+        shape = np.shape(value)
+        by_shape[shape] = by_shape[shape] + value if shape in by_shape else value
+    return sum(by_shape[shape] for shape in sorted(by_shape, key=math.prod))
 
 
 def _by_part(lasting: dict[str, Array], terms: Terms) -> dict[str, Array]:
@@ -122,26 +148,21 @@ def _sum(parts: dict[str, Array]) -> Array:
     return sum(parts.values())
 
 
-def memory_terms(graph: StepGraph, stack: StackSpec, *, only_fullest: bool = False) -> tuple[dict[str, Array], dict[str, Terms]]:
-    """(bytes that are always there, by part; what is there besides, by instant). See `StageMemory` for `only_fullest`."""
-    held = StageMemory(graph, stack, only_fullest=only_fullest)
-    found: dict[str, Terms] = {
-        "loss": held.at_loss(),
-        "head": held.at_head(),
-        "blocks": held.in_blocks(),
-        "second block": held.in_second_block(),
-        "next blocks": held.in_next_blocks(),
-        "reduce": held.at_reduce(),
-        "last block": held.in_last_block(),
-        "embedding": held.at_embedding(),
-    }
+def memory_terms(graph: StepGraph, stack: StackSpec) -> tuple[dict[str, Array], dict[str, Terms]]:
+    """(bytes that are always there, by part; what is there besides, by instant)."""
+    held = StageMemory(graph, stack)
+    found: dict[str, Terms] = {name: instant.masked() for name, instant in held.instants().items()}
     for terms in found.values():
         for part, more in held.throughout.items():
             terms[part] = terms.get(part, {}) | more
     found["update"] = {"gradients": {"of the stage": held.gradients}}
     for terms in found.values():
         terms["temporaries"] = terms.get("temporaries", {}) | {WORKSPACES: np.full(1, stack.workspace)}
-    layout = graph.layout
-    num_ranks = np.asarray(layout.dp * layout.tp * layout.cp * layout.pp)
+    return _lasting(held, graph, stack), found
+
+
+def _lasting(held: StageMemory, graph: StepGraph, stack: StackSpec) -> dict[str, Array]:
+    """Bytes that are always there, by part."""
+    num_ranks = np.asarray(graph.layout.num_devices)
     buffers = held.messages.buffers + np.where(num_ranks > 1, stack.collective_buffers, 0.0)[..., None]
-    return {"weights": held.weights, "optimizer": held.optimizer, "communication_buffers": buffers}, found
+    return {"weights": held.weights, "optimizer": held.optimizer, "communication_buffers": buffers}

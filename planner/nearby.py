@@ -11,7 +11,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from planner.files import DATA_DIR, read_text
 from planner.graph import StepGraph
 from planner.hardware import Cluster
+from planner.layout import Layout
 
 __all__ = ["FEATURES", "KnownRun", "NearbyRuns", "features_of", "load_nearby", "make_nearby", "run_noise"]
 
@@ -110,6 +111,37 @@ class NearbyRuns:
             squares += (places[:, feature, None] - self.places[heard, feature]) ** 2
         return np.sum(np.exp(-squares / 2) * (AMPLITUDE**2 * weights[heard]), axis=1).reshape(shape)
 
+    def log_ratio_over(self, graph: StepGraph, cluster: Cluster, software_year: float | None = None) -> np.ndarray:
+        """`log_ratio_at` of a grid of layouts, of a shape that broadcasts to the grid's; equal to it but for rounding, and much faster.
+
+        Formula: every feature x of a layout is a sum of terms along the axes, because it is the logarithm of a product of degrees. In
+        exp(-|x - y|^2 / 2) = exp(-|x|^2 / 2) exp(x y) exp(-|y|^2 / 2) the middle factor is then a product over the axes, and the sum over runs
+        y a product of matrices.
+        """
+        places = layout_places(graph)
+        shape = np.broadcast_shapes(*(place.shape for place in places))
+        job = features_of(replace(graph, layout=Layout()), cluster, software_year or self.last_year) / _LENGTHS
+        apart = np.sum((self.places[:, ~_IS_OF_LAYOUT] - job[~_IS_OF_LAYOUT]) ** 2, axis=1)
+        near = apart < FAR
+        if not near.any():
+            return np.zeros(1)
+        weights = np.where(near, _weights(self) * np.exp(-apart / 2), 0.0)
+        heard = np.abs(weights) > UNHEARD * np.max(np.abs(weights))
+        runs = self.places[np.ix_(heard, _IS_OF_LAYOUT)]
+        middle = runs.mean(axis=0)  # measured from there, nothing that is raised to a power is large
+        runs = runs - middle
+        whole, along = np.zeros(1), [np.zeros((length, len(runs))) for length in shape]
+        for place, origin, run in zip(places, middle, runs.T, strict=True):
+            whole = whole + (place - origin) ** 2
+            for axis, terms in enumerate(_terms(place - origin)):
+                along[axis] += np.multiply.outer(terms, run)
+        first, *others = (np.exp(each) for each in along)
+        first = first * (AMPLITUDE**2 * weights[heard] * np.exp(-np.sum(runs**2, axis=1) / 2))
+        joined = others[0]
+        for each in others[1:]:
+            joined = (joined[:, None, :] * each).reshape(-1, len(runs))
+        return np.asarray(np.exp(-whole / 2) * (first @ joined.T).reshape(shape))
+
     def spread_at(self, graph: StepGraph, cluster: Cluster, software_year: float | None = None) -> Array:
         """Standard deviation of log(measured / predicted), a number or [n].
 
@@ -186,6 +218,24 @@ def run_noise(places: np.ndarray, log_ratio: np.ndarray, noise: float) -> np.nda
         mean = covariance @ np.linalg.solve(covariance + np.diag(own**2), log_ratio)
         own = np.maximum(noise * np.sqrt((HEAVY_TAIL + ((log_ratio - mean) / noise) ** 2) / (HEAVY_TAIL + 1)), beyond)
     return own
+
+
+def layout_places(graph: StepGraph) -> list[np.ndarray]:
+    """The features in which the layouts of a grid differ, over `LENGTHS`; each has all axes of the grid, of length 1 where it is the same."""
+    values = {name: getattr(graph.layout, name) for name in LAYOUT_FEATURES if name != "num_microbatches"}
+    values["num_microbatches"] = graph.num_microbatches
+    num_axes = max(np.ndim(value) for value in values.values())
+    places = [
+        (np.asarray(values[name], float) if name == "zero_stage" else _doublings(values[name])) / LENGTHS[name] for name in FEATURES if name in values
+    ]
+    return [place.reshape((1,) * (num_axes - place.ndim) + place.shape) for place in places]
+
+
+def _terms(place: np.ndarray) -> list[np.ndarray]:
+    """The terms along each axis of which an array is the sum."""
+    origin = place[(0,) * place.ndim]
+    along = [place[tuple(slice(None) if a == axis else 0 for a in range(place.ndim))] for axis in range(place.ndim)]
+    return [along[0], *(each - origin for each in along[1:])]
 
 
 def features_of(graph: StepGraph, cluster: Cluster, software_year: float) -> np.ndarray:

@@ -1,86 +1,89 @@
-"""Many layouts at once: arrays of degrees in, arrays of seconds and bytes out.
+"""Seconds and bytes of whole grids of layouts, by the same functions as those of one.
 
-The same `build_step_graph`, `estimate_memory` and `estimate_time` as for one layout. Layouts are grouped by pipeline
-structure (pp, num_virtual_stages, schedule), because stages are an axis of the arrays; within a group everything is one
-array operation. Whatever does not depend on data parallelism is computed once per distinct shard.
+What a step does is computed where it can differ and nowhere else: kernels and messages of tp, cp and ep once for all pipelines and splits;
+messages of data parallelism once for all schedules of a pipeline; the rest per schedule, on the few stages that are not alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 
-from planner.graph import build_step_graph
+from planner.efficiency import format_code
+from planner.graph import StepGraph, build_step_graph, in_pipeline
 from planner.layout import Layout, LayoutArrays
+from planner.layout_grid import LayoutGrid, pipeline_of
 from planner.memory import peak_memory
 from planner.resolve import Job
-from planner.timing import estimate_time
+from planner.step_work import PartWork, assemble_work, make_axis_groups, part_kernels, with_sharding
+from planner.timing import PartPasses, PartTimes, part_passes, part_times, whole_step_s
 
-__all__ = ["LayoutTable", "Prices", "price_layouts"]
+__all__ = ["Prices", "build_graph", "price_grids"]
 
-
-CACHED_ELEMENTS = 2**17
-"""1 MiB of floats, a core's second-level cache: a quarter less time than whole groups of 26,000 layouts and 64 stages."""
-
-
-@dataclass(frozen=True)
-class LayoutTable:
-    """Layouts as columns of one length [n]; `schedule` holds names."""
-
-    columns: dict[str, np.ndarray]
-
-    def __len__(self) -> int:
-        return len(self.columns["tp"])
-
-    def take(self, index: Any) -> LayoutTable:
-        """The rows at `index`."""
-        return LayoutTable({name: column[index] for name, column in self.columns.items()})
-
-    def row(self, index: int) -> Layout:
-        """One row as a Layout."""
-        return Layout(**{name: column[index].item() for name, column in self.columns.items()})
-
-    def groups(self) -> list[tuple[np.ndarray, LayoutArrays]]:
-        """(row numbers, layouts) of each pipeline structure."""
-        names = [name for name in self.columns if name not in ("pp", "num_virtual_stages", "schedule")]
-        schedules, codes = np.unique(self.columns["schedule"], return_inverse=True)
-        key = (self.columns["pp"] * 4096 + self.columns["num_virtual_stages"]) * len(schedules) + codes
-        found = []
-        for value in np.unique(key):
-            rows = np.flatnonzero(key == value)
-            first = self.row(rows[0])
-            degrees: dict[str, Any] = {name: self.columns[name][rows] for name in names}
-            found.append((rows, LayoutArrays(**degrees, pp=first.pp, num_virtual_stages=first.num_virtual_stages, schedule=first.schedule)))
-        return found
+CACHED_ELEMENTS = 2**15
+"""Layouts at once: 256 KiB a number of each, a few of which a core's second-level cache holds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prices:
-    """Per layout: seconds per step, peak bytes per device, whether it fits; [n] each."""
+    """Of every combination of a grid, legal or not, [W, B, N, R]."""
 
+    grid: LayoutGrid
     step_s: np.ndarray
     peak_bytes: np.ndarray
-    fits: np.ndarray
+
+    @cached_property
+    def is_legal(self) -> np.ndarray:
+        """Which of them count."""
+        return self.grid.legal
 
 
-def _slices(table: LayoutTable) -> Iterator[tuple[np.ndarray, LayoutArrays]]:
-    """The groups of a table, cut so that one array [n, pp] stays in a core's cache."""
-    for rows, layouts in table.groups():
-        size = max(CACHED_ELEMENTS // layouts.pp, 1)
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size], layouts.take(slice(start, start + size))
+def price_grids(job: Job, grids: Sequence[LayoutGrid]) -> Iterator[Prices]:
+    """Step time and peak memory of all layouts of grids with the same shards and batches, part by part."""
+    if not grids:
+        return
+    num_shards = grids[0].shape[0]
+    largest = max(int(np.prod(grid.shape[1:])) for grid in grids)
+    size = max(CACHED_ELEMENTS // largest, 1)
+    for start in range(0, num_shards, size):
+        at = slice(start, start + size)
+        yield from _price(job, [part for grid in grids if (part := grid.take(at)).legal.any()])
 
 
-def price_layouts(job: Job, table: LayoutTable) -> Prices:
-    """Step time and memory of every row of `table`, which must be legal."""
-    step_s, peak_bytes = np.empty(len(table)), np.empty(len(table))
-    for rows, layouts in _slices(table):
-        graph = build_step_graph(
-            job.model, job.workload, layouts, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
-        )
-        peak_bytes[rows] = peak_memory(graph, job.stack)
-        step_s[rows] = estimate_time(graph, job.cluster, job.efficiency, job.nearby, job.software_year).step_s
-    return Prices(step_s, peak_bytes, peak_bytes <= job.cluster.accelerator.memory_bytes)
+def _price(job: Job, grids: Sequence[LayoutGrid]) -> Iterator[Prices]:
+    if not grids:
+        return
+    efficiency, cluster = job.efficiency, job.cluster
+    first = build_graph(job, replace(grids[0].layouts, dp_replicate=1, dp_shard=1, dp_in_all=None, zero_stage=0))
+    kernels = None if efficiency.curves is not None else _kernels(job, first)
+    for _, alike in groupby(grids, key=pipeline_of):
+        passes: list[PartPasses] = []
+        for grid in alike:
+            graph = in_pipeline(first, grid.layouts)
+            groups = make_axis_groups(graph, cluster)
+            if not passes:
+                own = kernels or _kernels(job, graph)
+                parts = [with_sharding(work, graph, part, groups, cluster, efficiency) for part, (work, _) in zip(graph.parts, own, strict=True)]
+                passes = [part_passes(part, times, efficiency.coefficients) for part, (_, times) in zip(parts, own, strict=True)]
+            step_s = whole_step_s(assemble_work(graph, parts, groups, cluster, efficiency), passes, efficiency.coefficients)
+            if job.nearby is not None:
+                step_s = step_s * np.exp(job.nearby.log_ratio_over(graph, cluster, job.software_year))
+            yield Prices(grid, np.broadcast_to(step_s, grid.shape), np.broadcast_to(peak_memory(graph, job.stack), grid.shape))
+
+
+def _kernels(job: Job, graph: StepGraph) -> list[tuple[PartWork, PartTimes]]:
+    """Each part's kernels, and their seconds."""
+    groups, efficiency = make_axis_groups(graph, job.cluster), job.efficiency
+    works = [part_kernels(graph, part, groups, job.cluster, efficiency) for part in graph.parts]
+    return [(work, part_times(work, efficiency.coefficients, format_code(job.precision.name))) for work in works]
+
+
+def build_graph(job: Job, layouts: Layout | LayoutArrays) -> StepGraph:
+    """The job's step under some layouts."""
+    return build_step_graph(
+        job.model, job.workload, layouts, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.arrays import both, pick
 from planner.graph import Part, StepGraph
 from planner.stack import StackSpec
 from planner.states import wraps_weights
@@ -52,27 +53,27 @@ class Sharding:
         waits = stack.pipeline_waits and graph.layout.pp > 1
         rates: dict[str, Array]
         if stack.is_one_fsdp_unit:  # everything is gathered at once, and its gradients are made at once
-            kept = np.where(is_sharded & (zero == 3), compute * (1 if graph.numerics.lora_rank else 2), 0.0)
+            kept = pick(both(zero == 3, is_sharded), compute * (1 if graph.numerics.lora_rank else 2), 0.0)
             none_of: dict[str, Array] = dict.fromkeys(Sharding.__dataclass_fields__, 0.0)
             rates = none_of | {"kept": kept, "leaves_each": False, "leaves_before": False, "table_gradient": compute, "stream_casts": 1.0}
         else:
-            drops = is_sharded & (zero == 3) & (not waits)
-            sends = (is_wrapped & in_place) | drops
+            drops = both(zero == 3, both(not waits, is_sharded))
+            sends = both(in_place, is_wrapped) | drops
             many = np.asarray(graph.num_microbatches) > 1
-            is_summed = sends & many & ((zero < 2) | waits)
-            is_own = ~is_wrapped & in_place
+            is_summed = both((zero < 2) | waits, both(sends, many))
+            is_own = both(in_place, ~is_wrapped)
             rates = {
-                "gathered": np.where(drops, compute + precision.quantized_weight_bytes, 0.0),
-                "arrived": np.where(sends & is_sharded & (drops | ~many), compute, 0.0),
-                "kept": np.where(is_wrapped & ~drops & in_place, compute, 0.0),
-                "unreduced": np.where(sends, compute, 0.0),
-                "leaving": np.where(sends, stack.reduce_bytes, 0.0),
-                "leaves_each": sends & ~is_summed,
-                "leaves_before": sends & many & (zero >= 2) & (not waits),
-                "summed": np.where(is_summed, 4.0, 0.0),
-                "made_late": np.where(is_own, 4.0, 0.0),
-                "table_gradient": np.where(is_own, 4.0, compute),
-                "stream_casts": np.where(is_own, 1.0 + 4.0 / compute * precision.needs_master_weights, 1.0),
+                "gathered": pick(drops, compute + precision.quantized_weight_bytes, 0.0),
+                "arrived": pick(both(sends, is_sharded & (drops | ~many)), compute, 0.0),
+                "kept": pick(both(in_place, is_wrapped & ~np.asarray(drops)), compute, 0.0),
+                "unreduced": pick(sends, compute, 0.0),
+                "leaving": pick(sends, stack.reduce_bytes, 0.0),
+                "leaves_each": both(sends, ~np.asarray(is_summed)),
+                "leaves_before": both(both(not waits, zero >= 2), both(sends, many)),
+                "summed": pick(is_summed, 4.0, 0.0),
+                "made_late": pick(is_own, 4.0, 0.0),
+                "table_gradient": pick(is_own, 4.0, compute),
+                "stream_casts": pick(is_own, 1.0 + 4.0 / compute * precision.needs_master_weights, 1.0),
             }
         return Sharding(**{name: np.asarray(rate)[..., None] for name, rate in rates.items()})
 

@@ -11,7 +11,7 @@ from planner.errors import InputError, Problem, nearest
 from planner.units import parse, parse_count
 
 __all__ = [
-    "Bytes", "BytesPerSecond", "Count", "FlopsPerSecond", "Fraction", "NonNegativeInt", "PositiveInt", "Seconds", "Spec",
+    "Bytes", "BytesPerSecond", "Count", "FlopsPerSecond", "Fraction", "NonNegativeInt", "PositiveInt", "ScheduleName", "Seconds", "Spec",
     "UsdPerHour", "ZeroStage", "Watts", "build",
 ]  # fmt: skip
 
@@ -61,6 +61,7 @@ FlopsPerSecond = Annotated[float, BeforeValidator(_with_unit("flops_per_s")), Fi
 Seconds = Annotated[float, BeforeValidator(_with_unit("s")), Field(ge=0)]
 Watts = Annotated[float, BeforeValidator(_with_unit("watts")), Field(gt=0)]
 UsdPerHour = Annotated[float, BeforeValidator(_with_unit("usd_per_hour")), Field(gt=0)]
+ScheduleName = Literal["gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "dualpipe"]
 ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)]
 Count = Annotated[float, BeforeValidator(_count), Field(gt=0, le=1e30)]
 PositiveInt = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=10**12)]

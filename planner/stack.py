@@ -15,7 +15,7 @@ from planner.curves import DeviceCurves
 from planner.errors import nearest
 from planner.files import DATA_DIR, read_yaml, user_dir
 from planner.registry import unknown_name
-from planner.spec import Bytes, Fraction, Spec, build
+from planner.spec import Bytes, Fraction, ScheduleName, Spec, ZeroStage, build
 
 __all__ = ["Coefficient", "Evidence", "FitReport", "Spread", "StackSpec", "load_stack", "stack_names"]
 
@@ -61,6 +61,14 @@ class StackSpec(Spec):
     date: str
     kin: str | None = None
     """A stack that this one is built on: they are fitted together, each with less of its own."""
+    schedules: list[ScheduleName] = Field(default=["1f1b", "interleaved_1f1b"], min_length=1)
+    """Pipeline schedules that it has; a search tries these."""
+    zero_stages: list[ZeroStage] = Field(default=[0, 1], min_length=1)
+    """ZeRO stages that it has; likewise."""
+    zero_stages_in_pipelines: list[ZeroStage] | None = None
+    """Those of them that go with a pipeline; None: all."""
+    axes: list[Literal["tp", "cp", "pp", "ep"]] = Field(default=["tp", "cp", "pp", "ep"])
+    """Axes along which it can split a model or its input, beside data parallelism; likewise."""
     weight_storage: Literal["separate_master", "fp32_in_place", "compute_only"]
     """`separate_master`: weights in compute format and an fp32 copy with the optimizer (Megatron, DeepSpeed);
     `fp32_in_place`: fp32 weights, cast when used (FSDP, DDP with autocast, JAX); `compute_only`: weights, gradients and optimizer

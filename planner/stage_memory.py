@@ -6,19 +6,21 @@ In: a StepGraph and a stack. Out: `StageMemory`, whose methods return `Terms`; `
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from planner.arrays import both, pick, times
 from planner.backward import kept_bytes, part_casts, walk
 from planner.framework_buffers import placeholder_bytes, reduction_bucket_bytes
 from planner.graph import Part, StepGraph, at_stages, first_of_each_kind, over_stages, part_runs
+from planner.pipeline_buffers import Messages, stage_axis
 from planner.schedules import SCHEDULES
 from planner.sharding import Sharding, expert_params, gathered_params
 from planner.stack import StackSpec
 from planner.states import part_gradients, part_states, wraps_weights
 
-__all__ = ["THROUGHOUT", "WORKSPACES", "StageMemory", "Terms"]
+__all__ = ["THROUGHOUT", "WORKSPACES", "Instant", "StageMemory", "Terms"]
 
 Array = Any
 Terms = dict[str, dict[str, Array]]
@@ -32,6 +34,19 @@ THROUGHOUT = {
 """Terms that are there at every instant."""
 INDEX_BYTES = 8
 """Of a token."""
+
+
+class Instant(NamedTuple):
+    """What a stage holds at one moment, on the stages to which it comes."""
+
+    where: Array
+    terms: Terms
+
+    def masked(self) -> Terms:
+        """Nothing where the instant does not come."""
+        if not np.any(self.where):
+            return {}
+        return {part: {name: np.atleast_1d(np.where(self.where, value, 0.0)) for name, value in found.items()} for part, found in self.terms.items()}
 
 
 class StageMemory:
@@ -52,7 +67,7 @@ class StageMemory:
         self.keeps_head = graph.numerics.loss_kernel != "chunked"  # which needs the head's weight no more
         self.weights, self.gradients, self.optimizer = (schedule.resident(state) for state in _states(graph, stack))
         self.gradients = self.gradients + placeholder_bytes(graph, stack) + reduction_bucket_bytes(graph, stack)
-        self.in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)[..., stages]
+        self.in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches, stages)
         kept, casts = [kept_bytes(part, graph, stack) for part in graph.parts], [part_casts(part, graph, stack) for part in graph.parts]
         per_stage = (schedule.resident(each) / schedule.parameter_copies for each in _kept(graph, kept, casts))
         self.activations, self.logits, self.casts, self.head_casts = per_stage
@@ -61,12 +76,12 @@ class StageMemory:
         self.block = _worst_block(graph, stack, self.sharding, [each[0] for each in kept[1:-1]], casts[1:-1])
         count = np.asarray(graph.num_microbatches, float)[..., None]
         waits = stack.pipeline_waits and layout.pp > 1
-        has_buckets = (np.asarray(layout.dp) > 1) & (np.asarray(layout.zero_stage) == 0) & ~wraps_weights(graph)
+        has_buckets = both(np.asarray(layout.zero_stage) == 0, (np.asarray(layout.dp) > 1) & ~wraps_weights(graph))
         # share of the gradients that are there when as much is in flight as ever: none where all of the step is
-        is_anew = ~has_buckets[..., None] & stack.frees_gradients
-        self.there = np.where(is_anew, np.clip(count - self.in_flight, 0.0, 1.0), 1.0)
+        is_anew = both(stack.frees_gradients, ~np.asarray(has_buckets)[..., None])
+        self.there = np.asarray(pick(is_anew, np.clip(count - self.in_flight, 0.0, 1.0), 1.0))
         self.is_late = self.there < 1
-        self.past_head = schedule.head_in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches)[..., stages]
+        self.past_head = schedule.head_in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches, stages)
         self.copies = schedule.parameter_copies
         # a chunk's gradients leave after its last microbatch
         one_chunk = np.clip((count - self.in_flight) * layout.num_virtual_stages, 0.0, 1.0)
@@ -84,8 +99,8 @@ class StageMemory:
         # beside activations; pipelines that wait have none left by then
         self.leaves = (self.sharding.leaving > 0) & ((layout.pp == 1) | self.sharding.leaves_each)
         self.splits = schedule.splits_backward
-        waiting = schedule.waiting(layout.pp, layout.num_virtual_stages, graph.num_microbatches)[..., stages]
-        self.messages = _Messages(graph, stack, self.in_flight, waiting, stages)
+        waiting = schedule.waiting(layout.pp, layout.num_virtual_stages, graph.num_microbatches, stages)
+        self.messages = Messages(graph, stack, self.in_flight, waiting, stages)
         # what all instants have: masks, tokens and targets, outputs that wait for their gradients, the gradients that weights wait for
         self.made_for_weights = over_stages([_output_gradients(part, graph.numerics.compute_bytes) for part in graph.parts], runs)
         is_tied = graph.model.tie_word_embeddings and layout.pp == 1
@@ -93,34 +108,47 @@ class StageMemory:
         self.throughout: Terms = {
             "activations": {
                 "masks of attention": _masks(graph),
-                "tokens and targets": _stage_axis(2 * INDEX_BYTES * graph.num_microbatches * graph.shard.tokens),
+                "tokens and targets": stage_axis(2 * INDEX_BYTES * graph.num_microbatches * graph.shard.tokens),
                 "outputs of the stage": self.messages.outputs,
                 "inputs that lie in buffers": -self.messages.inputs,
             },
             "temporaries": {"gradients that weights wait for": waiting * self.made_for_weights},
         }
 
-    def at_loss(self) -> Terms:
+    def instants(self) -> dict[str, Instant]:
+        """All of them, by name."""
+        return {
+            "loss": self.at_loss(),
+            "head": self.at_head(),
+            "blocks": self.in_blocks(),
+            "second block": self.in_second_block(),
+            "next blocks": self.in_next_blocks(),
+            "reduce": self.at_reduce(),
+            "last block": self.in_last_block(),
+            "embedding": self.at_embedding(),
+        }
+
+    def at_loss(self) -> Instant:
         """The head's chunk of logits with their gradients, and everything that the forward pass kept."""
         head = self.ends[1]
         others = {
-            "gradients": {"of earlier microbatches": self.shards * self.there},
+            "gradients": {"of earlier microbatches": times(self.shards, self.there)},
             "activations": {"kept by the forward pass": self.activations * self.in_flight},
-            "logits": {"of the loss": self.logits * self.past_head, "of one chunk": head.workspace, "hidden states": head.hidden},
-            "cast_weights": {"of matmuls": self.casts * self.in_flight + self.head_casts * (self.in_flight if self.keeps_head else 1)},
+            "logits": {"of the loss": times(self.logits, self.past_head), "of one chunk": head.workspace, "hidden states": head.hidden},
+            "cast_weights": {"of matmuls": times(self.casts, self.in_flight) + times(self.head_casts, self.in_flight if self.keeps_head else 1.0)},
             "gathered_weights": {
                 **self._whole(self.there_summed),
                 "of the head, and as it arrived": head.params * (self.sharding.gathered + self.sharding.arrived),
                 "gradients of the microbatch before, that leave": self.before() * self.sharding.leaving,
             },
         }
-        return _only(head.is_there, others)
+        return Instant(head.is_there, others)
 
     def before(self) -> Array:
         """Parameters of the part that went last in the microbatch before, where its gradients are still leaving."""
         return self.ends[0].params * self.sharding.leaves_before * self.there
 
-    def at_head(self) -> Terms:
+    def at_head(self) -> Instant:
         """FSDP copies the head's gradients into the buffer that leaves."""
         head = self.ends[1]
         moving = self.sharding.gathered + self.sharding.unreduced + self.sharding.leaving
@@ -129,28 +157,28 @@ class StageMemory:
             "activations": {"kept by the forward pass": self.activations * self.in_flight - head.kept},
             "gathered_weights": {**self._whole(self.there_summed), "of the head, and its gradients that leave": head.params * moving},
         }
-        return _only(head.is_there & self.leaves & ~np.asarray(self.graph.model.tie_word_embeddings), terms)
+        return Instant(head.is_there & self.leaves & ~np.asarray(self.graph.model.tie_word_embeddings), terms)
 
     def _in_backward(self, in_flight: Array, there: Array) -> Terms:
         """Beside activations."""
         others = np.maximum(in_flight - 1, 0)
         head = self.ends[1]
         return {
-            "gradients": {"of earlier microbatches": self.shards * there + head.gradients * (1 - there) * (self.summed == 0)},
-            "logits": {"of other microbatches": self.logits * np.minimum(others, np.maximum(self.past_head - self.copies, 0))},
-            "cast_weights": {"of matmuls": self.casts * in_flight + self.head_casts * others * self.keeps_head},
+            "gradients": {"of earlier microbatches": times(self.shards, there) + times(1 - there, head.gradients * (self.summed == 0))},
+            "logits": {"of other microbatches": times(self.logits, np.minimum(others, np.maximum(self.past_head - self.copies, 0)))},
+            "cast_weights": {"of matmuls": times(self.casts, in_flight) + times(self.head_casts * self.keeps_head, others)},
         }
 
     def _whole(self, there: Array) -> dict[str, Array]:
         tied = self.tied * self.sharding.gathered
-        return {"of the stage": self.gathered, "of the tied table": tied, "sums of gradients": self.summed * there}
+        return {"of the stage": self.gathered, "of the tied table": tied, "sums of gradients": times(self.summed, there)}
 
     def _block(self, in_flight: Array, there: Array, there_summed: Array, ends_kept: Array, before: Array) -> Terms:
         """One block of one of the microbatches in flight goes backwards; `before`: parameters of the part that went before it."""
         found = self._in_backward(in_flight, there)
         again = np.maximum(self.block.saved - self.block.kept, 0.0)
         freed = np.maximum(self.block.kept - self.block.saved, 0.0)
-        late = self.block.made * self.sharding.made_late * (1 - there)
+        late = times(self.sharding.made_late * (1 - there), self.block.made)
         found["gradients"]["of this block"] = late
         found["activations"] = {"kept by the forward pass": self.activations * in_flight - ends_kept - freed - self.block.later}
         found["cast_weights"]["of this block"] = self.block.casts - self.block.kept_casts
@@ -176,26 +204,26 @@ class StageMemory:
         """The head's share of a tied table's gradient waits for the embedding's."""
         return self.tied * self.sharding.table_gradient
 
-    def in_blocks(self) -> Terms:
+    def in_blocks(self) -> Instant:
         """The head, if there is one, is done."""
         head = self.ends[1]
         is_apart = head.is_there & ~np.asarray(self.graph.model.tie_word_embeddings)
         before = np.where(is_apart, head.params, np.where(head.is_there, self.before(), self.block.own_params))
-        return self._block(self.in_flight, self.there, self.there_summed, head.kept, before)
+        return Instant(np.True_, self._block(self.in_flight, self.there, self.there_summed, head.kept, before))
 
-    def in_second_block(self) -> Terms:
+    def in_second_block(self) -> Instant:
         """The block before it leaves, not the head."""
         ends_kept = self.ends[1].kept + self.block.kept
         found = self._block(self.in_flight, self.there, self.there_summed, ends_kept, self.block.own_params)
-        return _only(self.block.count > 1, found)
+        return Instant(self.block.count > 1, found)
 
-    def in_next_blocks(self) -> Terms:
+    def in_next_blocks(self) -> Instant:
         """One microbatch is done, and gradients are there."""
         all_there = np.ones_like(self.there)
         found = self._block(self.most_with_all, all_there, all_there, 0.0, self.block.own_params)
-        return _only(self.has_next & self.is_late, found)
+        return Instant(self.has_next & self.is_late, found)
 
-    def in_last_block(self) -> Terms:
+    def in_last_block(self) -> Instant:
         """Of the first microbatch: all its other blocks are done, and their gradients there."""
         first, others = self.ends[0], np.maximum(self.in_flight - 1, 0)
         found = self._block(self.in_flight, 0.0 * self.there, 0.0 * self.there, 0.0, self.block.own_params)
@@ -208,9 +236,9 @@ class StageMemory:
             "of the stage": np.where(self.has_next, self.gathered, not_made * self.sharding.kept),
             "sums of gradients": np.maximum(self.summed - not_made * self.sharding.summed, 0.0),
         }
-        return _only(self.there == 0, found)
+        return Instant(self.there == 0, found)
 
-    def at_reduce(self) -> Terms:
+    def at_reduce(self) -> Instant:
         """FSDP copies a block's gradients into the buffer that leaves."""
         found = self._in_backward(self.in_flight, self.there)
         done = self.activations * self.in_flight - self.ends[1].kept - self.block.kept - self.block.later
@@ -219,9 +247,9 @@ class StageMemory:
         found["activations"] = {"kept by the forward pass": done}
         found["gathered_weights"] = {**self._whole(self.there_summed), "of two blocks, and gradients that leave": moving}
         found["temporaries"] = {"gradient of the residual stream": self.block.stream, "gradient of the tied table, from the head": self._tied()}
-        return _only(self.leaves, found)
+        return Instant(self.leaves, found)
 
-    def at_embedding(self) -> Terms:
+    def at_embedding(self) -> Instant:
         """The table's gradient is made whole, and then added."""
         first, others = self.ends[0], np.maximum(self.in_flight - 1, 0)
         is_last = ~self.has_next
@@ -240,7 +268,7 @@ class StageMemory:
                 "gradients of a block, that leave": self.block.own_params * self.sharding.leaving,
             },
         }  # fmt: skip
-        return _only(first.is_there, terms)
+        return Instant(first.is_there, terms)
 
 
 class _End:
@@ -249,14 +277,14 @@ class _End:
     def __init__(self, graph: StepGraph, stack: StackSpec, index: int, kept: Array) -> None:
         part = graph.parts[index]
         self.is_there = part.counts > 0
-        self.params = _stage_axis(gathered_params(part, graph)) * self.is_there
-        self.table = _stage_axis(_most(part, "embedding_params")) * self.is_there
-        self.tied = _stage_axis(part.total("tied_params")) * self.is_there
+        self.params = stage_axis(gathered_params(part, graph)) * self.is_there
+        self.table = stage_axis(_most(part, "embedding_params")) * self.is_there
+        self.tied = stage_axis(part.total("tied_params")) * self.is_there
         is_chunked = graph.numerics.loss_kernel == "chunked"  # other losses keep the hidden states
-        self.hidden = _stage_axis(sum(cost.grad_input_bytes for cost in part.costs if cost.op.name == "head")) * self.is_there * is_chunked
-        self.kept = _stage_axis(kept) * self.is_there
-        self.workspace = _stage_axis(_most(part, "workspace_bytes")) * self.is_there
-        self.gradients = _stage_axis(part_gradients(graph, stack, part)) * self.is_there
+        self.hidden = stage_axis(sum(cost.grad_input_bytes for cost in part.costs if cost.op.name == "head")) * self.is_there * is_chunked
+        self.kept = stage_axis(kept) * self.is_there
+        self.workspace = stage_axis(_most(part, "workspace_bytes")) * self.is_there
+        self.gradients = stage_axis(part_gradients(graph, stack, part)) * self.is_there
 
 
 def _most(part: Part, quantity: str) -> Array:
@@ -292,7 +320,7 @@ def _masks(graph: StepGraph) -> Array:
         for cost in part.costs:
             if cost.op.kind == "attention":
                 window = getattr(cost.op, "window", 0)
-                by_window[window] = np.maximum(by_window.get(window, 0.0), _stage_axis(cost.mask_bytes) * (part.counts > 0))
+                by_window[window] = np.maximum(by_window.get(window, 0.0), stage_axis(cost.mask_bytes) * (part.counts > 0))
     return sum(by_window.values(), np.zeros(len(graph.parts[0].counts)))
 
 
@@ -308,53 +336,31 @@ def _worst_block(graph: StepGraph, stack: StackSpec, sharding: Sharding, kept: l
         freed = sum(np.multiply.outer(np.asarray(bytes_, float), later) for bytes_, later in zip(kept, part.later, strict=True))
         found.append(
             _Block(
-                saved=_stage_axis(worst.saved),
-                casts=_stage_axis(worst.casts),
-                made=_stage_axis(worst.gradients),
-                temporaries=_stage_axis(worst.temporaries),
-                kept=_stage_axis(own),
-                kept_casts=_stage_axis(cast if is_kept else 0.0),
-                params=_stage_axis(gathered_params(part, graph)),
-                own_params=_stage_axis(gathered_params(part, graph) - expert_params(part, graph)),
-                gradients=_stage_axis(part_gradients(graph, stack, part)),
-                stream=_stage_axis(graph.stream_bytes),
+                saved=stage_axis(worst.saved),
+                casts=stage_axis(worst.casts),
+                made=stage_axis(worst.gradients),
+                temporaries=stage_axis(worst.temporaries),
+                kept=stage_axis(own),
+                kept_casts=stage_axis(cast if is_kept else 0.0),
+                params=stage_axis(gathered_params(part, graph)),
+                own_params=stage_axis(gathered_params(part, graph) - expert_params(part, graph)),
+                gradients=stage_axis(part_gradients(graph, stack, part)),
+                stream=stage_axis(graph.stream_bytes),
                 count=part.counts,
                 later=freed,
             )
         )
-        totals.append(np.where(part.counts > 0, _stage_axis(worst.total - own) - freed, -np.inf))
+        totals.append(np.where(part.counts > 0, stage_axis(worst.total - own) - freed, -np.inf))
     chosen = np.argmax(np.stack(np.broadcast_arrays(*totals)), axis=0)
     is_there = sum(part.counts for part in blocks) > 0
-    names = _Block.__dataclass_fields__
-    return _Block(*(is_there * np.choose(chosen, [np.broadcast_to(getattr(each, name), chosen.shape) for each in found]) for name in names))
+    return _Block(*(is_there * _choose(chosen, [getattr(each, name) for each in found]) for name in _Block.__dataclass_fields__))
 
 
-def _only(where: Array, terms: Terms) -> Terms:
-    """Nothing where the instant does not come."""
-    if not np.any(where):
-        return {}
-    return {part: {name: np.where(where, value, 0.0) for name, value in found.items()} for part, found in terms.items()}
-
-
-class _Messages:
-    """What a pipeline stage holds of the activations and gradients that it receives and sends, [..., pp]; see `StackSpec`."""
-
-    def __init__(self, graph: StepGraph, stack: StackSpec, in_flight: Array, waiting: Array, stages: np.ndarray) -> None:
-        layout, count = graph.layout, np.asarray(graph.num_microbatches, float)[..., None]
-        pp, chunks = layout.pp, layout.num_virtual_stages
-        is_kept = stack.pipeline_keeps_outputs and pp > 1
-        size = _stage_axis(graph.stream_bytes)
-        message = size * is_kept
-        sent, received = np.full(pp, float(chunks)), np.full(pp, float(chunks))
-        sent[-1], received[0] = chunks - 1.0, chunks - 1.0
-        sent, received = sent[stages], received[stages]
-        waits = layout.schedule in stack.pipeline_waits_for_sends
-        gradients = received * np.maximum(count - (in_flight - waiting), 0.0) if waits else 0.0
-        self.buffers = message * ((sent + received) * count + gradients)
-        is_held = (stack.pipeline_keeps_outputs or stack.pipeline_buffers_outputs) and pp > 1
-        self.outputs = size * is_held * sent * (count if waits else in_flight)
-        self.inputs = message * received * in_flight
-        self.arriving = message * np.minimum(sent, 1.0)
+def _choose(chosen: np.ndarray, values: list[Array]) -> Array:
+    """The value of the kind of block that was chosen, no wider than need be."""
+    if len(values) == 1:
+        return values[0]
+    return np.choose(np.broadcast_to(chosen, np.broadcast_shapes(chosen.shape, *map(np.shape, values))), values)
 
 
 def _output_gradients(part: Part, compute_bytes: float) -> Array:
@@ -366,11 +372,6 @@ def _output_gradients(part: Part, compute_bytes: float) -> Array:
         elif cost.gemm is None and np.any(np.asarray(cost.vector_params)):
             total = total + cost.grad_output_bytes
     return total
-
-
-def _stage_axis(value: Array) -> Array:
-    """Adds the stage axis to a number or an array [n]."""
-    return np.asarray(value, float)[..., None]
 
 
 def _states(graph: StepGraph, stack: StackSpec) -> list[Array]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.arrays import pick
 from planner.framework_buffers import frozen_matrix_bytes, step_gradient_bytes
 from planner.graph import Part, StepGraph
 from planner.optimizers import get_optimizer
@@ -57,7 +58,7 @@ def state_format(graph: StepGraph, stack: StackSpec) -> StateFormat:
         stored=stored,
         matrix=0.0 if is_narrow else stored,
         frozen_matrix=frozen_matrix_bytes(graph, stack),
-        quantized_copy=precision.quantized_weight_bytes * np.where(zero >= 3, 0.0, 1.0),
+        quantized_copy=precision.quantized_weight_bytes * pick(zero >= 3, 0.0, 1.0),
         gradient=4.0 if not is_mixed or in_place else accumulated,
         master=4.0 + step_gradient_bytes(graph, stack) if is_mixed and not in_place and not is_pure else 0.0,
         state_scale=compute / 4 if is_pure else 1.0,
@@ -72,7 +73,7 @@ def zero_degrees(graph: StepGraph, stack: StackSpec, is_expert: bool) -> tuple[A
     """
     zero, degree = np.asarray(graph.layout.zero_stage), graph.expert_fsdp_degree if is_expert else graph.fsdp_degree
     first = 1 if stack.weight_storage == "fp32_in_place" else 3
-    by_weights, by_gradients, by_states = (np.where(zero >= stage, degree, 1) for stage in (first, min(first, 2), 1))
+    by_weights, by_gradients, by_states = (pick(zero >= stage, degree, 1) for stage in (first, min(first, 2), 1))
     return by_weights, by_gradients, by_states
 
 
@@ -101,4 +102,4 @@ def wraps_weights(graph: StepGraph, *, is_expert: bool = False) -> Array:
     layout = graph.layout
     zero, degree = np.asarray(layout.zero_stage), np.asarray(graph.expert_fsdp_degree if is_expert else graph.fsdp_degree)
     is_plain = np.asarray(layout.tp * layout.cp * layout.pp * layout.ep * layout.dp_shard) == 1
-    return np.where(zero > 0, degree > 1, (np.asarray(layout.dp * layout.cp) > 1) & ~is_plain)
+    return pick(zero > 0, degree > 1, (np.asarray(layout.dp * layout.cp) > 1) & ~is_plain)

@@ -7,11 +7,12 @@ looked at; timing sees sums per part of the model. Every number may be an array 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from planner.arrays import pick
 from planner.coefficients import Coefficients
 from planner.collectives import Group, collective_s, make_group
 from planner.efficiency import Efficiency, Work, add_work, format_code
@@ -24,7 +25,7 @@ from planner.states import trained_params
 
 __all__ = [
     "AXES", "AxisGroups", "GroupTransfer", "PartWork", "StepWork", "Wire", "data_parallel_transfers", "fsdp_transfers", "group_transfer",
-    "make_axis_groups", "optimizer_bytes", "part_work", "repeated_ops", "step_work", "wire",
+    "assemble_work", "make_axis_groups", "optimizer_bytes", "part_kernels", "part_work", "repeated_ops", "step_work", "wire", "with_sharding",
 ]  # fmt: skip
 
 Array = Any
@@ -51,8 +52,8 @@ def make_axis_groups(graph: StepGraph, cluster: Cluster) -> AxisGroups:
     layout = graph.layout
     inner = layout.tp * layout.cp
     stage = layout.dp * inner
-    sharded = np.where(np.asarray(layout.zero_stage) > 0, graph.fsdp_degree, 1)
-    expert_sharded = np.where(np.asarray(layout.zero_stage) > 0, graph.expert_fsdp_degree, 1)
+    sharded = pick(np.asarray(layout.zero_stage) > 0, graph.fsdp_degree, 1)
+    expert_sharded = pick(np.asarray(layout.zero_stage) > 0, graph.expert_fsdp_degree, 1)
     expert_stride = np.where(np.asarray(layout.ep) > 1, layout.ep, layout.tp)
     return AxisGroups(
         tp=make_group(layout.tp, 1, cluster),
@@ -108,6 +109,8 @@ def wire(transfers: Sequence[GroupTransfer], cluster: Cluster) -> Wire:
     """The sum of some messages."""
     total = Wire()
     for transfer in transfers:
+        if not np.ndim(transfer.num_bytes) and not transfer.num_bytes:
+            continue
         seconds = transfer.seconds(cluster)
         is_outside = transfer.group.num_domains > 1
         waits = transfer.num_calls * np.log2(np.maximum(transfer.group.size, 2)) * (np.asarray(seconds) > 0)
@@ -164,6 +167,24 @@ class StepWork:
 
 def part_work(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency) -> PartWork:
     """Work and messages of one run of a part."""
+    return with_sharding(part_kernels(graph, part, groups, cluster, efficiency), graph, part, groups, cluster, efficiency)
+
+
+def with_sharding(kernels: PartWork, graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency) -> PartWork:
+    """The same with the messages of data parallelism."""
+    gathers, scatters = fsdp_transfers(graph, part, groups, efficiency)
+    reduces, spreads = data_parallel_transfers(graph, part, groups, efficiency)
+    return replace(
+        kernels,
+        fsdp_gather=wire(gathers, cluster),
+        fsdp_scatter=wire(scatters, cluster),
+        data_parallel_reduce=wire(reduces, cluster),
+        data_parallel_gather=wire(spreads, cluster),
+    )
+
+
+def part_kernels(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluster, efficiency: Efficiency) -> PartWork:
+    """What one run of a part does whatever the pipeline and however the data is shared: its kernels, and its messages of tp, cp and ep."""
     passes: dict[str, Work] = {"forward": {}, "backward_input": {}, "backward_weight": {}, "recompute": {}}
     wires: dict[tuple[str, str], Wire] = {}
     ring: dict[str, Work] = {"forward": {}, "backward": {}}
@@ -191,22 +212,26 @@ def part_work(graph: StepGraph, part: Part, groups: AxisGroups, cluster: Cluster
                     wires[axis, phase] = wires.get((axis, phase), Wire()) + found
                     if is_repeated and phase == "forward":
                         wires[axis, "recompute"] = wires.get((axis, "recompute"), Wire()) + found
-    gathers, scatters = fsdp_transfers(graph, part, groups, efficiency)
-    reduces, spreads = data_parallel_transfers(graph, part, groups, efficiency)
     is_coded = float(part.is_block and curves is None)
     return PartWork(
         passes["forward"], passes["backward_input"], passes["backward_weight"], passes["recompute"], wires, ring,
-        wire(gathers, cluster), wire(scatters, cluster), wire(reduces, cluster), wire(spreads, cluster),
+        Wire(), Wire(), Wire(), Wire(),
         is_coded, is_coded * (np.asarray(graph.layout.tp) > 1), is_coded * any(cost.op.is_expert for cost in part.costs),
     )  # fmt: skip
 
 
 def step_work(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) -> StepWork:
     """Everything that one step does."""
-    groups, layout = make_axis_groups(graph, cluster), graph.layout
+    groups = make_axis_groups(graph, cluster)
+    return assemble_work(graph, [part_work(graph, part, groups, cluster, efficiency) for part in graph.parts], groups, cluster, efficiency)
+
+
+def assemble_work(graph: StepGraph, parts: Sequence[PartWork], groups: AxisGroups, cluster: Cluster, efficiency: Efficiency) -> StepWork:
+    """A step of parts that are known."""
+    layout = graph.layout
     optimizer_s, overhead_s = efficiency.optimizer_s(graph.workload.optimizer, np.max(optimizer_bytes(graph), axis=-1))
     return StepWork(
-        parts=tuple(part_work(graph, part, groups, cluster, efficiency) for part in graph.parts),
+        parts=tuple(parts),
         runs=part_runs(graph),
         schedule=layout.schedule,
         pp=layout.pp,
@@ -215,7 +240,7 @@ def step_work(graph: StepGraph, cluster: Cluster, efficiency: Efficiency) -> Ste
         stage_transfer=_stage_transfer(graph, groups, cluster),
         optimizer_s=optimizer_s,
         step_overhead_s=overhead_s,
-        num_nodes=np.maximum(cluster.num_devices / cluster.node_size, 1),
+        num_nodes=np.maximum(layout.num_devices / cluster.node_size, 1),
         matmul_format=format_code(graph.precision.name),
     )
 
@@ -261,8 +286,8 @@ def fsdp_transfers(graph: StepGraph, part: Part, groups: AxisGroups, efficiency:
         group = getattr(groups, axis)
         trained = sum(trained_params(part, is_expert, graph.layout.pp > 1))
         held = trained + part.param_total("frozen_params", is_expert=is_expert)
-        gathers.append(GroupTransfer("all_gather", np.where(zero == 3, held * sent, 0.0), group, axis))
-        scatters.append(GroupTransfer("reduce_scatter", np.where(zero >= 2, trained * _reduce_bytes(graph, efficiency), 0.0), group, axis))
+        gathers.append(GroupTransfer("all_gather", pick(zero == 3, held * sent, 0.0), group, axis))
+        scatters.append(GroupTransfer("reduce_scatter", pick(zero >= 2, trained * _reduce_bytes(graph, efficiency), 0.0), group, axis))
     return gathers, scatters
 
 
@@ -289,9 +314,9 @@ def data_parallel_transfers(
     for is_expert, axis, across in ((False, "fsdp", "dp_replicate"), (True, "expert_fsdp", "expert_replicate")):
         group, replicas = getattr(groups, axis), getattr(groups, across)
         trained = sum(trained_params(part, is_expert, graph.layout.pp > 1))
-        reduces.append(GroupTransfer("reduce_scatter", np.where(zero == 1, trained * sent, 0.0), group, axis))
-        reduces.append(GroupTransfer("all_reduce", trained * sent / np.where(zero >= 1, group.size, 1), replicas, across))
-        new_weights = np.where((zero == 1) | (zero == 2), trained * kept, 0.0)
+        reduces.append(GroupTransfer("reduce_scatter", pick(zero == 1, trained * sent, 0.0), group, axis))
+        reduces.append(GroupTransfer("all_reduce", trained * sent / pick(zero >= 1, group.size, 1), replicas, across))
+        new_weights = pick((zero == 1) | (zero == 2), trained * kept, 0.0)
         gathers.append(GroupTransfer("all_gather", new_weights, group, axis))
     return reduces, gathers
 
@@ -309,6 +334,6 @@ def optimizer_bytes(graph: StepGraph) -> Array:
             matrix, other = trained_params(part, is_expert, graph.layout.pp > 1)
             states = matrix * (8.0 if optimizer.is_factored else optimizer.matrix_state_bytes) + other * optimizer.other_state_bytes
             num_bytes = (matrix + other) * (2 * 4.0 + 2 * 4.0 + graph.precision.compute_bytes) + 2 * states
-            held = held + num_bytes / np.where(zero >= 1, degree, 1)
+            held = held + num_bytes / pick(zero >= 1, degree, 1)
         moved.append(held)
     return over_stages(moved, part_runs(graph))

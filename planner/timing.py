@@ -5,7 +5,8 @@ The same functions price one layout, a million layouts, and the runs that a stac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ from planner.efficiency import Efficiency, Work, work_rates
 from planner.graph import StepGraph, over_stages
 from planner.hardware import Cluster
 from planner.nearby import NearbyRuns
-from planner.schedules import SCHEDULES
+from planner.schedules import SCHEDULES, Stages
 from planner.step_work import AXES, PartWork, StepWork, step_work
 
 __all__ = [
     "NAMES_OF_KINDS", "PartTimes", "TimeBreakdown", "data_parallel_s", "estimate_time", "exposed", "exposed_data_parallel", "exposed_fsdp",
-    "part_times", "time_step", "work_seconds", "worked_runs",
+    "part_passes", "part_times", "time_step", "whole_step_s", "work_seconds", "worked_runs",
 ]  # fmt: skip
 
 Array = Any
@@ -214,6 +215,48 @@ def estimate_time(
     return replace(time, correction=time.step_s * np.expm1(log_ratio), spread=spread)
 
 
+@dataclass(frozen=True)
+class PartPasses:
+    """Seconds of one run of a part with all its exposed communication, and in full those of its messages once per step; numbers or arrays."""
+
+    forward_s: Array
+    backward_input_s: Array
+    """Recompute included."""
+    backward_weight_s: Array
+    reduce_s: Array
+    """Sums of gradients, over data-parallel ranks."""
+    gather_s: Array
+    """Gathers of new weights."""
+
+
+def part_passes(work: PartWork, times: PartTimes, c: Coefficients) -> PartPasses:
+    """What a pipeline needs to know of a part."""
+    gather, scatter = exposed_fsdp(work, times, c)
+    return PartPasses(
+        times.forward_s + gather, sum(times.backward_input.values()) + times.recompute + scatter, sum(times.backward_weight.values(), 0.0),
+        work.data_parallel_reduce.seconds(c), work.data_parallel_gather.seconds(c),
+    )  # fmt: skip
+
+
+def whole_step_s(work: StepWork, passes: Sequence[PartPasses], c: Coefficients) -> Array:
+    """`time_step(work, c).step_s`, [...], without the parts of it: for many layouts. Stages that are alike are looked at once."""
+    schedule, stages = SCHEDULES[work.schedule], Stages.each(work.pp)
+    runs = work.runs
+    if schedule.looks_at_ends:
+        stages = Stages.alike(runs)
+        runs = runs[:, stages.firsts]
+    forward, backward, weight, reduce_s, gather_s = (_over_stages([getattr(own, field.name) for own in passes], runs) for field in fields(PartPasses))
+    transfer_s = work.stage_transfer.seconds(c) * (1 - c.pipeline_overlap)
+    path_s = schedule.longest_path_s(forward, backward, weight, transfer_s, stages, work.num_virtual_stages, work.num_microbatches)
+    worked_s = path_s + np.max(_exposed_once(reduce_s, gather_s, c, backward + weight, forward), axis=-1)
+    return worked_s + sum(_besides(work, c, worked_s))
+
+
+def _besides(work: StepWork, c: Coefficients, worked_s: Array) -> tuple[Array, Array, Array]:
+    """(optimizer, stragglers, what else a step costs), in seconds, beside the passes and their communication."""
+    return work.optimizer_s / c.memory * c.optimizer, worked_s * c.straggling * np.log2(work.num_nodes), work.step_overhead_s + c.step_overhead
+
+
 def time_step(work: StepWork, c: Coefficients) -> TimeBreakdown:
     """Seconds of one step under a stack.
 
@@ -243,14 +286,14 @@ def time_step(work: StepWork, c: Coefficients) -> TimeBreakdown:
         on_slowest[kind] = sum(spent) * m
     on_slowest |= {name: on_slowest.pop(kind) for kind, name in NAMES_OF_KINDS.items()}
     data_parallel = np.max(exposed_data_parallel(work, c, backward + weight, forward), axis=-1)
-    worked_s = sum(on_slowest.values()) + bubble + data_parallel
+    optimizer_s, straggling_s, overhead_s = _besides(work, c, sum(on_slowest.values()) + bubble + data_parallel)
     return TimeBreakdown(
         **on_slowest,
         pipeline_transfer_and_bubble=bubble,
         data_parallel=data_parallel,
-        optimizer=work.optimizer_s / c.memory * c.optimizer,
-        stragglers=worked_s * c.straggling * np.log2(work.num_nodes),
-        step_overhead=work.step_overhead_s + c.step_overhead,
+        optimizer=optimizer_s,
+        stragglers=straggling_s,
+        step_overhead=overhead_s,
         correction=0.0,
         spread=None,
         stage_forward_s=forward,
@@ -284,6 +327,9 @@ def exposed_data_parallel(work: StepWork, c: Coefficients, backward_s: Array, fo
 
     Gradients hide behind the backward pass of the last microbatch, gathers behind the forward pass of the first.
     """
-    reduce_s, gather_s = data_parallel_s(work, c)
+    return _exposed_once(*data_parallel_s(work, c), c, backward_s, forward_s)
+
+
+def _exposed_once(reduce_s: Array, gather_s: Array, c: Coefficients, backward_s: Array, forward_s: Array) -> Array:
     overlap, contention = _each(c.data_parallel_overlap), _each(c.contention)
     return exposed(reduce_s, backward_s, overlap, contention) + exposed(gather_s, forward_s, overlap, contention)

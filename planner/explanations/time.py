@@ -306,7 +306,7 @@ def _bubble(trace: Trace, key: str, path: str) -> Explanation:
     makespan = trace.schedule.makespan_s(*passes, time.transfer_s, layout.pp, layout.num_virtual_stages, m)
     busy = trace.schedule.busy_s(*passes, m).max(axis=-1)
     shape = f"{layout.pp} stages, {float(m):g} microbatches, transfer {float(time.transfer_s):.3g} s"
-    documented = " ".join((type(trace.schedule).makespan_s.__doc__ or "").split("\n\n")[0].split())
+    documented = " ".join((type(trace.schedule).longest_path_s.__doc__ or "").split("\n\n")[0].split())
     inputs = [
         Input("makespan_s", float(makespan), f"{layout.schedule}, {shape}: {documented}"),
         Input("busy_s", float(busy), f"work of stage {int(time.slowest_stage)} on all microbatches"),

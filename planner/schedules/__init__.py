@@ -23,10 +23,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from planner.errors import InputError, Problem
 from planner.registry import Registry
+from planner.schedules._stages import Stages
 
-__all__ = ["SCHEDULES", "Action", "Schedule", "after", "before", "check_schedule"]
+__all__ = ["SCHEDULES", "Action", "Schedule", "Stages", "check_schedule"]
 
 FloatArray = NDArray[np.float64]
+StageNumbers = NDArray[np.int64] | None
 
 
 class Action(NamedTuple):
@@ -56,6 +58,8 @@ class Schedule(ABC):
     """Whether no stage holds more microbatches than those before it."""
     splits_backward: bool = False
     """Whether gradients of the weights are made apart from those of the inputs."""
+    looks_at_ends: bool = True
+    """Whether `longest_path_s` holds for runs of stages, or needs each stage by itself."""
     parameter_copies: int = 1
     """How often the pipeline as a whole stores the model. The model is cut into pp * num_virtual_stages / parameter_copies slices."""
 
@@ -64,20 +68,21 @@ class Schedule(ABC):
         """(rule, fix) for every rule that the combination breaks; empty when it is legal."""
 
     def legal(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> NDArray[np.bool_]:
-        """Where the combination is legal, [...] as num_microbatches. The same rules as `problems`."""
-        distinct, index = np.unique(np.asarray(num_microbatches), return_inverse=True)
-        verdicts = np.array([not self.problems(pp, num_virtual_stages, int(m)) for m in distinct], dtype=bool)
-        return np.asarray(verdicts[index].reshape(np.shape(num_microbatches)))
+        """Where the combination is legal, [...] as num_microbatches. The same rules as `problems`; here of one chunk per stage."""
+        return np.full(np.shape(num_microbatches), num_virtual_stages == 1)
 
     @abstractmethod
-    def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
-        """Peak activations held per stage, [..., pp], in units of one microbatch through all layers of that stage."""
+    def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike, stage: StageNumbers = None) -> FloatArray:
+        """Peak activations held per stage, [..., pp], in units of one microbatch through all layers of that stage.
 
-    def head_in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+        Args:
+            stage: numbers of the stages asked about, [stages]; None: all of them.
+        """
+
+    def head_in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike, stage: StageNumbers = None) -> FloatArray:
         """The same of the model's last part, [..., pp]: as the stage's, unless its chunk's forward pass is followed by its backward pass."""
-        return self.in_flight(pp, num_virtual_stages, num_microbatches)
+        return self.in_flight(pp, num_virtual_stages, num_microbatches, stage)
 
-    @abstractmethod
     def makespan_s(
         self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, p2p_s: ArrayLike,
         pp: int, num_virtual_stages: int, num_microbatches: ArrayLike,
@@ -92,14 +97,22 @@ class Schedule(ABC):
             pp, num_virtual_stages: one pipeline structure.
             num_microbatches: per step and pipeline, [...].
         """
+        f, bi, bw = stage_arrays(pp, forward_s, backward_input_s, backward_weight_s)
+        return self.longest_path_s(f, bi, bw, p2p_s, Stages.each(pp), num_virtual_stages, num_microbatches)
+
+    @abstractmethod
+    def longest_path_s(
+        self, f: FloatArray, bi: FloatArray, bw: FloatArray, p2p_s: ArrayLike, stages: Stages, num_virtual_stages: int, num_microbatches: ArrayLike,
+    ) -> FloatArray:  # fmt: skip
+        """`makespan_s` of stages in runs: forward, backward for inputs and for weights per run, [..., runs]."""
 
     @abstractmethod
     def timeline(self, pp: int, num_virtual_stages: int, num_microbatches: int) -> list[list[Action]]:
         """What each stage does, in order: pp lists."""
 
-    def waiting(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+    def waiting(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike, stage: StageNumbers = None) -> FloatArray:
         """Of those in flight, the microbatches whose gradients of the inputs are made and of the weights not, [..., pp]."""
-        return np.zeros(pp)
+        return np.zeros(len(stage_numbers(pp, stage)))
 
     def position(self, stage: int, chunk: int, pp: int) -> int:
         """Which slice of the model, 0 .. pp * num_virtual_stages / parameter_copies - 1, a chunk of a stage is."""
@@ -138,24 +151,9 @@ def check_schedule(schedule: str, pp: int, num_virtual_stages: int, num_microbat
         raise InputError(*(Problem("layout.schedule", given, rule, fix) for rule, fix in found))
 
 
-def before(per_stage: FloatArray) -> FloatArray:
-    """Sum over the earlier stages, [..., pp].
-
-    Example:
-        >>> before(np.array([1.0, 2.0, 4.0])).tolist()
-        [0.0, 1.0, 3.0]
-    """
-    return np.asarray(np.cumsum(per_stage, axis=-1) - per_stage)
-
-
-def after(per_stage: FloatArray) -> FloatArray:
-    """Sum over the later stages, [..., pp].
-
-    Example:
-        >>> after(np.array([1.0, 2.0, 4.0])).tolist()
-        [6.0, 4.0, 0.0]
-    """
-    return before(per_stage[..., ::-1])[..., ::-1]
+def stage_numbers(pp: int, stage: StageNumbers) -> NDArray[np.int64]:
+    """`stage` itself, or all."""
+    return np.arange(pp) if stage is None else stage
 
 
 def stage_arrays(pp: int, *per_stage: ArrayLike) -> list[FloatArray]:

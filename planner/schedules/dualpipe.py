@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, after, before, stage_arrays, use_microbatches
+from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, StageNumbers, Stages, stage_numbers, use_microbatches
 
 __all__ = ["DualPipe"]
 
@@ -26,6 +26,7 @@ class DualPipe(Schedule):
 
     name = "dualpipe"
     first_holds_most = False
+    looks_at_ends = False
     usual_virtual_stages = (2,)
     parameter_copies = 2
 
@@ -43,6 +44,11 @@ class DualPipe(Schedule):
             found.append((rule, use_microbatches(least, "zb_h1")))
         return found
 
+    def legal(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> NDArray[np.bool_]:
+        """As `problems`."""
+        m = np.asarray(num_microbatches)
+        return np.asarray((m % 2 == 0) & (m >= 2 * pp) & (pp % 2 == 0) & (num_virtual_stages == 2))
+
     def position(self, stage: int, chunk: int, pp: int) -> int:
         """Slice `stage` going forward, its mirror in the other direction."""
         return pp - 1 - stage if chunk else stage
@@ -52,17 +58,16 @@ class DualPipe(Schedule):
         own = np.asarray(per_stage, dtype=float)
         return np.asarray(own + own[..., ::-1])
 
-    def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+    def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike, stage: StageNumbers = None) -> FloatArray:
         """pp + 1 on every device, both directions together, [..., pp]."""
-        return np.full((*np.shape(num_microbatches), pp), pp + 1.0)
+        return np.full((*np.shape(num_microbatches), len(stage_numbers(pp, stage))), pp + 1.0)
 
-    def head_in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+    def head_in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike, stage: StageNumbers = None) -> FloatArray:
         """1 in each direction, 2 together: at either end the last slice's forward pass is followed by its backward pass."""
-        return np.full((*np.shape(num_microbatches), pp), 2.0)
+        return np.full((*np.shape(num_microbatches), len(stage_numbers(pp, stage))), 2.0)
 
-    def makespan_s(
-        self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, p2p_s: ArrayLike,
-        pp: int, num_virtual_stages: int, num_microbatches: ArrayLike,
+    def longest_path_s(
+        self, f: FloatArray, bi: FloatArray, bw: FloatArray, p2p_s: ArrayLike, stages: Stages, num_virtual_stages: int, num_microbatches: ArrayLike,
     ) -> FloatArray:  # fmt: skip
         """The published bubble on top of the average device's work; at least the busiest device's work and its way in.
 
@@ -75,12 +80,12 @@ class DualPipe(Schedule):
         outside of it)) + p2p (m (pp - 1)/pp + 1.5 pp - 2). The 2F holds where forwards outlast the rest (the fill is then what
         waits); the factor of p2p is fitted to the simulator, in which a pair waits for both of its inputs.
         """
-        f, b, w = stage_arrays(pp, forward_s, backward_input_s, backward_weight_s)
+        b, w, pp = bi, bw, stages.count
         m, p2p = np.asarray(num_microbatches), np.asarray(p2p_s, dtype=float)
         busy = self.busy_s(f, b, w, m)
         mean_f, mean_b, mean_w = f.mean(axis=-1), b.mean(axis=-1), w.mean(axis=-1)
         filled = busy.mean(axis=-1) + (pp / 2 - 1) * np.maximum(mean_f + 2 * mean_b - mean_w, 2 * mean_f)
-        outside = np.minimum(before(f), after(f))
+        outside = np.minimum(stages.before(f), stages.after(f))
         transfers = (m * (pp - 1) / pp + 1.5 * pp - 2) * p2p
         return np.asarray(np.maximum(filled, (busy + outside).max(axis=-1)) + transfers)
 

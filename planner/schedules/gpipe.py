@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, only_one_chunk, stage_arrays
+from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, StageNumbers, Stages, only_one_chunk, stage_numbers
 
 __all__ = ["GPipe"]
 
@@ -27,24 +27,22 @@ class GPipe(Schedule):
         """One chunk per stage."""
         return only_one_chunk(self.name, num_virtual_stages)
 
-    def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+    def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike, stage: StageNumbers = None) -> FloatArray:
         """Every microbatch of the step, on every stage, [..., pp]."""
         m = np.asarray(num_microbatches, dtype=float)[..., None]
-        return np.asarray(m + np.zeros(pp))
+        return np.asarray(m + np.zeros(len(stage_numbers(pp, stage))))
 
-    def makespan_s(
-        self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, p2p_s: ArrayLike,
-        pp: int, num_virtual_stages: int, num_microbatches: ArrayLike,
+    def longest_path_s(
+        self, f: FloatArray, bi: FloatArray, bw: FloatArray, p2p_s: ArrayLike, stages: Stages, num_virtual_stages: int, num_microbatches: ArrayLike,
     ) -> FloatArray:  # fmt: skip
         """Two flow shops of alike jobs, one after the other; exact, also for unequal stages and with transfers.
 
         Formula: sum F + (m - 1) max F + sum B + (m - 1) max B + 2 (p - 1) p2p, with B = backward_input + backward_weight.
         Equal stages: (m + p - 1)(F + B).
         """
-        f, b, w = stage_arrays(pp, forward_s, backward_input_s, backward_weight_s)
-        m, p2p = np.asarray(num_microbatches), np.asarray(p2p_s, dtype=float)
-        ramp = (f + b + w).sum(axis=-1) + 2 * (pp - 1) * p2p
-        return np.asarray(ramp + (m - 1) * (f.max(axis=-1) + (b + w).max(axis=-1)))
+        m, p2p, b = np.asarray(num_microbatches), np.asarray(p2p_s, dtype=float), bi + bw
+        ramp = stages.total(f + b) + 2 * (stages.count - 1) * p2p
+        return np.asarray(ramp + (m - 1) * (f.max(axis=-1) + b.max(axis=-1)))
 
     def timeline(self, pp: int, num_virtual_stages: int, num_microbatches: int) -> list[list[Action]]:
         """F 0 .. m-1, then B 0 .. m-1, on every stage."""

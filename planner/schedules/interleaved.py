@@ -7,9 +7,9 @@ Order and warm-up as in NVIDIA/Megatron-LM, megatron/core/pipeline_parallel/sche
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, after, before, stage_arrays, use_microbatches
+from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, StageNumbers, Stages, stage_numbers, use_microbatches
 
 __all__ = ["Interleaved"]
 
@@ -39,23 +39,26 @@ class Interleaved(Schedule):
             found.append((f"pp = {pp} must divide the number of microbatches = {num_microbatches}", use_microbatches(near, "1f1b")))
         return found
 
-    @staticmethod
-    def _warm_up(pp: int, num_virtual_stages: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Chunk forwards before the first backward, less the one that precedes it in the steady state, [pp]."""
-        return 2 * (pp - np.arange(pp) - 1) + (num_virtual_stages - 1) * pp
+    def legal(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> NDArray[np.bool_]:
+        """As `problems`."""
+        return np.asarray((np.asarray(num_microbatches) % pp == 0) & (pp > 1) & (num_virtual_stages > 1))
 
-    def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+    @staticmethod
+    def _warm_up(pp: int, num_virtual_stages: int, stage: StageNumbers = None) -> np.ndarray:
+        """Chunk forwards before the first backward, less the one that precedes it in the steady state, [pp]."""
+        return 2 * (pp - stage_numbers(pp, stage) - 1) + (num_virtual_stages - 1) * pp
+
+    def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike, stage: StageNumbers = None) -> FloatArray:
         """min(m v, 2 (pp - stage - 1) + (v - 1) pp + 1) / v, [..., pp]."""
         chunks = np.asarray(num_microbatches, dtype=float)[..., None] * num_virtual_stages
-        return np.asarray(np.minimum(chunks, self._warm_up(pp, num_virtual_stages) + 1) / num_virtual_stages)
+        return np.asarray(np.minimum(chunks, self._warm_up(pp, num_virtual_stages, stage) + 1) / num_virtual_stages)
 
-    def head_in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+    def head_in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike, stage: StageNumbers = None) -> FloatArray:
         """At most 1: the last chunk's forward pass is followed by its backward pass at once (arXiv:2104.04473 section 2.2.2)."""
-        return np.minimum(self.in_flight(pp, num_virtual_stages, num_microbatches), 1.0)
+        return np.minimum(self.in_flight(pp, num_virtual_stages, num_microbatches, stage), 1.0)
 
-    def makespan_s(
-        self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, p2p_s: ArrayLike,
-        pp: int, num_virtual_stages: int, num_microbatches: ArrayLike,
+    def longest_path_s(
+        self, f: FloatArray, bi: FloatArray, bw: FloatArray, p2p_s: ArrayLike, stages: Stages, num_virtual_stages: int, num_microbatches: ArrayLike,
     ) -> FloatArray:  # fmt: skip
         """Longest path that lives on one stage; equal stages without transfers: m (F + B) + (p - 1)(F + B)/v.
 
@@ -66,16 +69,16 @@ class Interleaved(Schedule):
         + what the first microbatch's way through all chunks to its first backward on s exceeds (w_s + 1) f_s
         + what the last microbatch's way exceeds (w_s + 1) b_s + what transfers exceed the slack of the steady state.
         """
-        f, bi, bw = (x / num_virtual_stages for x in stage_arrays(pp, forward_s, backward_input_s, backward_weight_s))
-        b = bi + bw
-        v = num_virtual_stages
+        v, pp, stage = num_virtual_stages, stages.count, stages.number
+        f, b = f / v, (bi + bw) / v
         m, p2p = np.asarray(num_microbatches)[..., None], np.asarray(p2p_s, dtype=float)[..., None]
-        stage, n = np.arange(pp), pp - np.arange(pp)
-        before_first = self._warm_up(pp, v) + 1
-        turns = (2 * (n - 1)) * p2p
-        head = (v - 1) * _lap(f, p2p, pp) + after(f) + f + after(b) + turns - np.minimum(before_first, m * v) * f
-        tail = (v - 1) * _lap(b, p2p, pp) + after(b) + b + after(f) + turns - np.minimum(before_first, m * v) * b
-        ramp = before(f + b) + 2 * stage * p2p
+        before_first = self._warm_up(pp, v, stage) + 1
+        way = stages.after(f + b) + 2 * (pp - stage - 1) * p2p
+        ramp = stages.before(f + b) + 2 * stage * p2p
+        laps = [(v - 1) * _lap(x, p2p, stages) for x in (f, b)]
+        f, b = stages.at_ends(f), stages.at_ends(b)
+        fewer = np.minimum(before_first, m * v) - 1
+        head, tail = laps[0] + way - fewer * f, laps[1] + way - fewer * b
         detours = np.where(m * v > before_first, np.maximum(head, 0) + np.maximum(tail, 0), np.maximum(np.maximum(head, tail), 0))
         return np.asarray((ramp + m * v * (f + b) + detours).max(axis=-1))
 
@@ -97,9 +100,9 @@ class Interleaved(Schedule):
         return out
 
 
-def _lap(chunk_s: FloatArray, p2p_s: FloatArray, pp: int) -> FloatArray:
+def _lap(chunk_s: FloatArray, p2p_s: FloatArray, stages: Stages) -> FloatArray:
     """Seconds between the starts of two chunks on one stage while the pipeline fills, [..., 1]: once round, or pp chunks of the slowest stage."""
-    return np.asarray(np.maximum(chunk_s.sum(axis=-1, keepdims=True) + pp * p2p_s, pp * chunk_s.max(axis=-1, keepdims=True)))
+    return np.asarray(np.maximum(stages.total(chunk_s)[..., None] + stages.count * p2p_s, stages.count * chunk_s.max(axis=-1, keepdims=True)))
 
 
 SCHEDULES.register("interleaved_1f1b")(Interleaved())

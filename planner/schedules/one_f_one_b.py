@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, after, before, only_one_chunk, stage_arrays
+from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, StageNumbers, Stages, only_one_chunk, stage_numbers
 
 __all__ = ["OneFOneB"]
 
@@ -29,13 +29,12 @@ class OneFOneB(Schedule):
         """One chunk per stage."""
         return only_one_chunk(self.name, num_virtual_stages)
 
-    def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+    def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike, stage: StageNumbers = None) -> FloatArray:
         """min(m, pp - stage), [..., pp]."""
-        return np.asarray(np.minimum(np.asarray(num_microbatches, dtype=float)[..., None], pp - np.arange(pp)))
+        return np.asarray(np.minimum(np.asarray(num_microbatches, dtype=float)[..., None], pp - stage_numbers(pp, stage)))
 
-    def makespan_s(
-        self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, p2p_s: ArrayLike,
-        pp: int, num_virtual_stages: int, num_microbatches: ArrayLike,
+    def longest_path_s(
+        self, f: FloatArray, bi: FloatArray, bw: FloatArray, p2p_s: ArrayLike, stages: Stages, num_virtual_stages: int, num_microbatches: ArrayLike,
     ) -> FloatArray:  # fmt: skip
         """Longest path that lives on one stage; equal stages without transfers: (m + p - 1)(F + B).
 
@@ -47,13 +46,12 @@ class OneFOneB(Schedule):
         1/n of the round trip C_s + D_s where that is longer: n microbatches in flight cannot hide more (so a transfer costs
         2 (n-1)/n of itself in every round). With m <= n: C_s + D_s + (m-1) max(F_s, B_s).
         """
-        f, bi, bw = stage_arrays(pp, forward_s, backward_input_s, backward_weight_s)
-        b = bi + bw
         m, p2p = np.asarray(num_microbatches, dtype=float)[..., None], np.asarray(p2p_s, dtype=float)[..., None]
-        stage, n = np.arange(pp), pp - np.arange(pp)
-        c = f + b
-        ramp = before(c) + 2 * stage * p2p
-        d = after(c) + 2 * (n - 1) * p2p
+        stage, n = stages.number, stages.count - stages.number
+        whole = f + bi + bw
+        ramp = stages.before(whole) + 2 * stage * p2p
+        d = stages.after(whole) + 2 * (n - 1) * p2p
+        f, b, c = (stages.at_ends(x) for x in (f, bi + bw, whole))
         rounds = np.maximum(m - n - 1, 0)
         trips = np.floor(rounds / n)
         partial = np.maximum(rounds - trips * n - 1, 0) * 2 * p2p

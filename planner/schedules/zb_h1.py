@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, after, before, only_one_chunk, stage_arrays
+from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, StageNumbers, Stages, only_one_chunk, stage_numbers
 
 __all__ = ["ZeroBubbleH1"]
 
@@ -25,26 +25,26 @@ class ZeroBubbleH1(Schedule):
     name = "zb_h1"
     first_holds_most = False
     splits_backward = True
+    looks_at_ends = False
 
     def problems(self, pp: int, num_virtual_stages: int, num_microbatches: int) -> list[tuple[str, str]]:
         """One chunk per stage."""
         return only_one_chunk(self.name, num_virtual_stages)
 
-    def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+    def in_flight(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike, stage: StageNumbers = None) -> FloatArray:
         """min(m, pp) on every stage, [..., pp]: from F until W.
 
         1F1B holds pp - stage until B; here as many as `stage` more wait for their W. A waiting one has shed what only B needs, which is
         little (section 2.1: 32 of 34 units of s b h stay, apart from attention scores); it is counted whole.
         """
-        return np.asarray(np.minimum(np.asarray(num_microbatches, dtype=float)[..., None], pp) + np.zeros(pp))
+        return np.asarray(np.minimum(np.asarray(num_microbatches, dtype=float)[..., None], pp) + np.zeros(len(stage_numbers(pp, stage))))
 
-    def waiting(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike) -> FloatArray:
+    def waiting(self, pp: int, num_virtual_stages: int, num_microbatches: ArrayLike, stage: StageNumbers = None) -> FloatArray:
         """All in flight but the pp - stage that 1F1B holds before their B."""
-        return np.maximum(self.in_flight(pp, num_virtual_stages, num_microbatches) - (pp - np.arange(pp)), 0.0)
+        return np.maximum(self.in_flight(pp, num_virtual_stages, num_microbatches, stage) - (pp - stage_numbers(pp, stage)), 0.0)
 
-    def makespan_s(
-        self, forward_s: ArrayLike, backward_input_s: ArrayLike, backward_weight_s: ArrayLike, p2p_s: ArrayLike,
-        pp: int, num_virtual_stages: int, num_microbatches: ArrayLike,
+    def longest_path_s(
+        self, f: FloatArray, bi: FloatArray, bw: FloatArray, p2p_s: ArrayLike, stages: Stages, num_virtual_stages: int, num_microbatches: ArrayLike,
     ) -> FloatArray:  # fmt: skip
         """Longest path that lives on one stage; equal stages without transfers, m >= pp: m (F + B + W) + (p - 1) max(F, B, F + B - W).
 
@@ -57,15 +57,15 @@ class ZeroBubbleH1(Schedule):
         the B's of the earlier stages, or those down to some stage and the late W's there. Rounds wait for transfers where W does not cover
         them. With m <= n the two brackets are one.
         """
-        f, b, w = stage_arrays(pp, forward_s, backward_input_s, backward_weight_s)
+        b, w = bi, bw
         m, p2p = np.asarray(num_microbatches, dtype=float)[..., None], np.asarray(p2p_s, dtype=float)[..., None]
-        stage, n = np.arange(pp), pp - np.arange(pp)
-        d = after(f + b) + 2 * (n - 1) * p2p
+        stage, n = stages.number, stages.count - stages.number
+        d = stages.after(f + b) + 2 * (n - 1) * p2p
         late = np.minimum(stage + 1, m)
         # The way out ends at the stage j <= s where late W's last longest: B's of j .. s-1, then the late W's of j.
-        way = before(b) + stage * p2p
+        way = stages.before(b) + stage * p2p
         out = way + np.maximum.accumulate(late * w - way, axis=-1)
-        ramp, c = before(f) + stage * p2p, f + b + w
+        ramp, c = stages.before(f) + stage * p2p, f + b + w
         late_w = (m - late) * w
         rounds = np.maximum(m - n - 1, 0)
         trip = np.maximum(d - (n - 1) * c, 0)

@@ -15,7 +15,7 @@ import planner
 
 ROOT = Path(planner.__file__).parent
 LEVELS: dict[str, int] = {
-    **dict.fromkeys(("units", "errors", "registry", "files", "spec", "catalog_files", "workers"), 0),
+    **dict.fromkeys(("arrays", "units", "errors", "registry", "files", "spec", "catalog_files", "workers"), 0),
     **dict.fromkeys(("precision", "optimizers", "model_spec", "workload", "layout", "curves", "hardware", "coefficients"), 1),
     **dict.fromkeys(("op_cost", "attention_op", "collective_op", "loss_op", "ops", "collectives", "layout_rules"), 2),
     "architectures": 3,
@@ -23,9 +23,10 @@ LEVELS: dict[str, int] = {
     "stack": 2,
     "efficiency": 3,  # it prices an OpCost
     **dict.fromkeys(("schedules", "graph"), 4),
-    **dict.fromkeys(("states", "sharding", "backward", "framework_buffers", "stage_memory", "memory", "step_work", "nearby", "timing"), 5),
+    **dict.fromkeys(("states", "sharding", "backward", "framework_buffers", "pipeline_buffers", "stage_memory", "memory"), 5),
+    **dict.fromkeys(("step_work", "nearby", "timing"), 5),
     **dict.fromkeys(("economics", "scaling_laws"), 6),
-    **dict.fromkeys(("plan", "resolve", "pricing", "layout_space", "assemble"), 7),
+    **dict.fromkeys(("plan", "resolve", "layout_grid", "pricing", "layout_space", "best_layouts", "assemble"), 7),
     "estimate": 8,
     **dict.fromkeys(("listing", "explain", "explanations", "compare", "peaks", "remedies", "validation", "calibration", "measurements", "report"), 9),
     **dict.fromkeys(("exporters", "importers", "fitting", "cases", "stack_fits", "measured_models", "measured_requests", "summaries"), 9),

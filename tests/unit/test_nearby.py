@@ -11,11 +11,11 @@ import pytest
 from planner import estimate
 from planner.graph import StepGraph
 from planner.hardware import Cluster
-from planner.layout import Layout
+from planner.layout import Layout, PartialLayout
 from planner.layout_space import layout_space
 from planner.nearby import AMPLITUDE, ELSEWHERE, FEATURES, SPREAD_FACTOR, NearbyRuns, features_of, load_nearby, make_nearby, run_noise
 from planner.plan import build_request
-from planner.pricing import price_layouts
+from planner.pricing import build_graph, price_grids
 from planner.resolve import Job, resolve
 
 REQUEST: dict[str, Any] = {
@@ -105,13 +105,21 @@ def test_names_are_nothing() -> None:
 
 def test_many_layouts_are_corrected_as_each_alone() -> None:
     job = resolve(build_request({**REQUEST, "layout": {}}))
-    table = layout_space(job, build_request({**REQUEST, "layout": {}}).layout)
-    prices = price_layouts(job, table)
-    for row in range(0, len(table), max(len(table) // 15, 1)):
-        layout = table.row(row).model_dump()
-        alone = estimate({**REQUEST, "layout": layout})
+    grids = layout_space(job, PartialLayout()).grids
+    for prices in list(price_grids(job, grids))[::4]:
+        index = int(np.flatnonzero(prices.grid.legal)[-1])
+        alone = estimate({**REQUEST, "layout": prices.grid.layout(index).model_dump()})
         assert alone.time.breakdown_s["correction"] != 0
-        assert alone.time.step_s.value == pytest.approx(float(prices.step_s[row]), rel=1e-9)
+        graph = build_graph(job, prices.grid.layouts)
+        correction = np.broadcast_to(nearby_of(job).log_ratio_over(graph, job.cluster), prices.grid.shape).flat[index]
+        assert np.log(alone.time.step_s.value / (alone.time.step_s.value - alone.time.breakdown_s["correction"])) == pytest.approx(
+            correction, rel=1e-9
+        )
+
+
+def nearby_of(job: Job) -> NearbyRuns:
+    assert job.nearby is not None
+    return job.nearby
 
 
 def test_a_run_that_disagrees_with_its_neighbours_is_noise() -> None:

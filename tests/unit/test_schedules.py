@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from planner.errors import InputError
-from planner.schedules import SCHEDULES, Schedule, check_schedule
+from planner.schedules import SCHEDULES, Schedule, Stages, check_schedule
 
 CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": 3, "zb_h1": 1, "dualpipe": 2}
 NAMES = sorted(CHUNKS)
@@ -101,6 +101,24 @@ def test_arrays_equal_scalars_elementwise(name: str) -> None:
         assert many[at] == schedule.makespan_s(f[at], b[at], w[at], p2p[at], pp, v, int(m[at]))
         assert held[at].tolist() == schedule.in_flight(pp, v, int(m[at])).tolist()
         assert legal[at] == (not schedule.problems(pp, v, int(m[at])))
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved_1f1b"])
+def test_runs_of_alike_stages_are_looked_at_on_their_ends(name: str) -> None:
+    """Never above the longest path through every stage; equal to it where there are more microbatches than stages."""
+    schedule, rng = SCHEDULES[name], np.random.default_rng(11)
+    for lengths in ([1, 6, 1], [2, 5], [8], [1, 1, 3, 1, 2]):
+        stages, pp = Stages(np.array(lengths)), sum(lengths)
+        f, b, w = rng.uniform(1.0, 1.3, (3, len(lengths)))
+        each = [np.repeat(x, lengths) for x in (f, b, w)]
+        assert stages.before(f).tolist() == pytest.approx((np.cumsum(each[0]) - each[0])[stages.number].tolist())
+        assert stages.after(f).tolist() == pytest.approx((each[0].sum() - np.cumsum(each[0]))[stages.number].tolist())
+        assert Stages.alike(np.array(each)).lengths.tolist() == lengths
+        m = np.array([pp, 2 * pp, 3 * pp, 16 * pp])
+        ends = schedule.longest_path_s(f, b, w, 0.01, stages, CHUNKS[name], m)
+        whole = schedule.makespan_s(*each, 0.01, pp, CHUNKS[name], m)
+        assert (ends <= whole * (1 + 1e-12)).all()
+        assert ends[1:] == pytest.approx(whole[1:], rel=1e-12)
 
 
 def test_numbers_broadcast_and_a_wrong_stage_axis_is_a_fault() -> None:

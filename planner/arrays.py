@@ -1,0 +1,45 @@
+"""Small helpers for numbers that may be arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["both", "pick", "times"]
+
+Array = Any
+
+
+def pick(condition: Array, then: Array, otherwise: Array) -> Array:
+    """`np.where`, but where one condition holds for all, that branch as it is: no wider than it was.
+
+    Example:
+        >>> pick(np.bool_(False), np.zeros((4, 4)), 1.0)
+        1.0
+    """
+    if np.ndim(condition):
+        return np.where(condition, then, otherwise)
+    return then if condition else otherwise
+
+
+def times(amount: Array, factor: Array) -> Array:
+    """Their product; where there is none of the amount, a plain 0.
+
+    Example:
+        >>> times(np.zeros(3), np.ones((5, 3)))
+        0.0
+    """
+    return amount * factor if np.any(amount) else 0.0
+
+
+def both(one: Array, other: Array) -> Array:
+    """`one & other`; where one of them is false for all, just that.
+
+    Example:
+        >>> both(False, np.ones((2, 2), bool))
+        False
+    """
+    if (not np.ndim(one) and not one) or (not np.ndim(other) and not other):
+        return False
+    return np.asarray(one, bool) & np.asarray(other, bool)

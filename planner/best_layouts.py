@@ -1,0 +1,162 @@
+"""The fastest layouts of a job that fit, exact to the last digit.
+
+Grids are priced by sums in another order, and pipelines only at the ends of runs of stages: never above the exact time but for rounding. So a
+layout counts only once it was priced by itself, and a search ends when no other can be better.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from planner.layout import Layout, PartialLayout
+from planner.layout_grid import LayoutGrid
+from planner.layout_space import LayoutSpace, layout_space, no_layout
+from planner.memory import estimate_memory
+from planner.pricing import Prices, build_graph, price_grids
+from planner.resolve import Job
+from planner.timing import estimate_time
+
+__all__ = ["Candidate", "Counts", "Pool", "best_first", "complete_layout", "exact_price", "scan_space"]
+
+ROUNDING_FRACTION = 1e-9
+"""What sums in another order may differ by."""
+POOL_SIZE = 64
+"""Layouts that are kept for each number of devices."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout: what it takes at least, or, once it was priced by itself, exactly."""
+
+    job: Job
+    grid: LayoutGrid
+    index: int
+    num_devices: int
+    step_s: float
+    peak_bytes: float
+
+    @property
+    def layout(self) -> Layout:
+        """The layout itself."""
+        return self.grid.layout(self.index)
+
+
+@dataclass
+class Counts:
+    """What a search looked at."""
+
+    enumerated: int = 0
+    legal: int = 0
+    priced: int = 0
+    fits: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+
+    def add_space(self, space: LayoutSpace) -> None:
+        """One more space was enumerated."""
+        self.enumerated += space.num_combined
+        self.legal += space.num_legal
+        for rule, count in space.refused.items():
+            self.refused[rule] = self.refused.get(rule, 0) + count
+
+
+@dataclass
+class Pool:
+    """The layouts of a job with the smallest times, at most `size` for each number of devices, and the one with the smallest memory."""
+
+    size: int = POOL_SIZE
+    fastest: dict[int, list[Candidate]] = field(default_factory=dict)
+    smallest: Candidate | None = None
+
+    def add(self, job: Job, prices: Prices, fits: np.ndarray) -> None:
+        """More layouts; `fits`: which of them may be taken, [W, B, N, R]."""
+        grid, times = prices.grid, np.where(fits, prices.step_s, np.inf)
+        for n, count in enumerate(grid.num_devices.tolist()):
+            own = times[:, :, n, :].ravel()
+            known = self.fastest.setdefault(count, [])
+            limit = known[-1].step_s if len(known) >= self.size else np.inf
+            places = np.flatnonzero(own < limit)
+            if len(places) > self.size:
+                places = places[np.argpartition(own[places], self.size - 1)[: self.size]]
+            if len(places):
+                known += [self._candidate(job, prices, n, int(place)) for place in places]
+                known.sort(key=lambda found: found.step_s)
+                del known[self.size :]
+        self._keep_smallest(job, prices)
+
+    def _candidate(self, job: Job, prices: Prices, n: int, place: int) -> Candidate:
+        w, b, num_sizes, r = prices.grid.shape
+        at = np.unravel_index(place, (w, b, r))
+        where = (at[0], at[1], n, at[2])
+        index = int(np.ravel_multi_index(where, (w, b, num_sizes, r)))
+        return Candidate(job, prices.grid, index, int(prices.grid.num_devices[n]), float(prices.step_s[where]), float(prices.peak_bytes[where]))
+
+    def _keep_smallest(self, job: Job, prices: Prices) -> None:
+        held = np.where(prices.grid.legal, prices.peak_bytes, np.inf)
+        index = int(np.argmin(held))
+        if self.smallest is None or held.flat[index] < self.smallest.peak_bytes:
+            where = np.unravel_index(index, prices.grid.shape)
+            count = int(prices.grid.num_devices[where[2]])
+            self.smallest = Candidate(job, prices.grid, index, count, float(prices.step_s[where]), float(held.flat[index]))
+
+
+def scan_space(job: Job, space: LayoutSpace, counts: Counts, pools: Sequence[tuple[float, Pool]]) -> None:
+    """Prices a whole space and fills the pools, each with what needs at most so many bytes."""
+    for prices in price_grids(job, space.grids):
+        legal = prices.grid.legal
+        counts.priced += int(np.count_nonzero(legal))
+        for limit_bytes, pool in pools:
+            pool.add(job, prices, legal & (prices.peak_bytes <= limit_bytes))
+        counts.fits += int(np.count_nonzero(legal & (prices.peak_bytes <= job.cluster.accelerator.memory_bytes)))
+
+
+def exact_price(job: Job, layout: Layout) -> tuple[float, float]:
+    """(seconds per step, peak bytes) of one layout, as `estimate` gives them."""
+    graph = build_graph(job, layout)
+    time = estimate_time(graph, job.cluster, job.efficiency, job.nearby, job.software_year)
+    return float(time.step_s), float(estimate_memory(graph, job.stack, job.cluster).peak_bytes)
+
+
+def best_first(candidates: Iterable[Candidate], value: Callable[[Candidate], float]) -> Iterator[tuple[float, Candidate]]:
+    """(value, candidate) in the order of `value`, each exact.
+
+    Args:
+        candidates: with lower bounds of their times.
+        value: what is minimised; it never falls when the step takes longer.
+    """
+    queue = [(value(each) * (1 - ROUNDING_FRACTION), 0, place, each) for place, each in enumerate(candidates)]
+    heapq.heapify(queue)
+    while queue:
+        found, is_exact, place, candidate = heapq.heappop(queue)
+        if is_exact:
+            yield found, candidate
+            continue
+        step_s, peak_bytes = exact_price(candidate.job, candidate.layout)
+        exact = Candidate(candidate.job, candidate.grid, candidate.index, candidate.num_devices, step_s, peak_bytes)
+        heapq.heappush(queue, (value(exact), 1, place, exact))
+
+
+def complete_layout(job: Job, given: PartialLayout) -> tuple[Layout, list[str]]:
+    """The layout itself when complete; else the fastest one that fits, or the smallest one when none does.
+
+    Raises:
+        InputError: no layout keeps the given keys and the rules.
+    """
+    if given.is_complete:
+        return given.complete(), []
+    space = layout_space(job, given)
+    if not space.grids:
+        raise no_layout(job, given)
+    limit = job.cluster.accelerator.memory_bytes
+    safe, tight = Pool(), Pool()
+    scan_space(job, space, Counts(), [(limit / job.stack.memory_interval.high, safe), (limit, tight)])
+    among = f"of {space.num_legal:,} legal ones"
+    for pool, kind in ((safe, "that fits even at the upper bound of its memory"), (tight, "that fits; none fits at the upper bound of its memory")):
+        found = next(best_first((each for own in pool.fastest.values() for each in own), lambda each: each.step_s), None)
+        if found is not None:
+            return found[1].layout, [f"layout: the fastest {among} {kind}"]
+    assert tight.smallest is not None
+    return tight.smallest.layout, [f"layout: none {among} fits; this one needs least memory"]
