@@ -7,8 +7,9 @@ layout counts only once it was priced by itself, and a search ends when no other
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,8 +21,9 @@ from planner.pricing import Prices, build_graph, price_grids
 from planner.resolve import Job
 from planner.timing import estimate_time
 
-__all__ = ["Candidate", "Counts", "Pool", "best_first", "complete_layout", "exact_price", "scan_space"]
+__all__ = ["Candidate", "Counts", "Pool", "best_first", "complete_layout", "exact_candidate", "exact_price", "scan_space"]
 
+T = TypeVar("T")
 ROUNDING_FRACTION = 1e-9
 """What sums in another order may differ by."""
 POOL_SIZE = 64
@@ -54,24 +56,35 @@ class Counts:
     priced: int = 0
     fits: int = 0
     refused: dict[str, int] = field(default_factory=dict)
+    """Reason -> layouts: the first rule that each breaks, then memory, then the limits of a search."""
 
     def add_space(self, space: LayoutSpace) -> None:
         """One more space was enumerated."""
         self.enumerated += space.num_combined
         self.legal += space.num_legal
         for rule, count in space.refused.items():
-            self.refused[rule] = self.refused.get(rule, 0) + count
+            self.refuse(rule, count)
+
+    def refuse(self, reason: str, count: int) -> None:
+        """More layouts are out for a reason."""
+        if count:
+            self.refused[reason] = self.refused.get(reason, 0) + count
 
 
 @dataclass
 class Pool:
     """The layouts of a job with the smallest times, at most `size` for each number of devices, and the one with the smallest memory."""
 
+    job: Job
     size: int = POOL_SIZE
     fastest: dict[int, list[Candidate]] = field(default_factory=dict)
     smallest: Candidate | None = None
 
-    def add(self, job: Job, prices: Prices, fits: np.ndarray) -> None:
+    def candidates(self) -> list[Candidate]:
+        """All of them."""
+        return [each for own in self.fastest.values() for each in own]
+
+    def add(self, prices: Prices, fits: np.ndarray) -> None:
         """More layouts; `fits`: which of them may be taken, [W, B, N, R]."""
         grid, times = prices.grid, np.where(fits, prices.step_s, np.inf)
         for n, count in enumerate(grid.num_devices.tolist()):
@@ -82,35 +95,54 @@ class Pool:
             if len(places) > self.size:
                 places = places[np.argpartition(own[places], self.size - 1)[: self.size]]
             if len(places):
-                known += [self._candidate(job, prices, n, int(place)) for place in places]
+                known += [self._candidate(prices, n, int(place)) for place in places]
                 known.sort(key=lambda found: found.step_s)
                 del known[self.size :]
-        self._keep_smallest(job, prices)
+        self._keep_smallest(prices)
 
-    def _candidate(self, job: Job, prices: Prices, n: int, place: int) -> Candidate:
+    def _candidate(self, prices: Prices, n: int, place: int) -> Candidate:
         w, b, num_sizes, r = prices.grid.shape
         at = np.unravel_index(place, (w, b, r))
         where = (at[0], at[1], n, at[2])
         index = int(np.ravel_multi_index(where, (w, b, num_sizes, r)))
-        return Candidate(job, prices.grid, index, int(prices.grid.num_devices[n]), float(prices.step_s[where]), float(prices.peak_bytes[where]))
+        least_s = float(prices.step_s[where]) * (1 - ROUNDING_FRACTION)
+        return Candidate(self.job, prices.grid, index, int(prices.grid.num_devices[n]), least_s, float(prices.peak_bytes[where]))
 
-    def _keep_smallest(self, job: Job, prices: Prices) -> None:
+    def _keep_smallest(self, prices: Prices) -> None:
         held = np.where(prices.grid.legal, prices.peak_bytes, np.inf)
         index = int(np.argmin(held))
         if self.smallest is None or held.flat[index] < self.smallest.peak_bytes:
             where = np.unravel_index(index, prices.grid.shape)
             count = int(prices.grid.num_devices[where[2]])
-            self.smallest = Candidate(job, prices.grid, index, count, float(prices.step_s[where]), float(held.flat[index]))
+            self.smallest = Candidate(self.job, prices.grid, index, count, float(prices.step_s[where]), float(held.flat[index]))
 
 
-def scan_space(job: Job, space: LayoutSpace, counts: Counts, pools: Sequence[tuple[float, Pool]]) -> None:
-    """Prices a whole space and fills the pools, each with what needs at most so many bytes."""
+def scan_space(
+    job: Job,
+    space: LayoutSpace,
+    counts: Counts,
+    pools: Sequence[tuple[float, Pool]],
+    step_limits: Mapping[str, Mapping[int, float]] | None = None,
+) -> None:
+    """Prices a whole space and fills the pools, each with what needs at most so many bytes.
+
+    Args:
+        step_limits: reason -> number of devices -> seconds of a step beyond which a layout is out for that reason.
+    """
     for prices in price_grids(job, space.grids):
         legal = prices.grid.legal
-        counts.priced += int(np.count_nonzero(legal))
+        fits = legal & (prices.peak_bytes <= job.cluster.accelerator.memory_bytes)
+        num_legal, num_fits = int(np.count_nonzero(legal)), int(np.count_nonzero(fits))
+        counts.priced += num_legal
+        counts.fits += num_fits
+        counts.refuse("memory", num_legal - num_fits)
+        for reason, longest_s in (step_limits or {}).items():
+            longest = np.array([longest_s[count] for count in prices.grid.num_devices.tolist()])[:, None]
+            legal = legal & (prices.step_s * (1 - ROUNDING_FRACTION) <= longest)
+            counts.refuse(reason, int(np.count_nonzero(fits)) - int(np.count_nonzero(fits & legal)))
+            fits = fits & legal
         for limit_bytes, pool in pools:
-            pool.add(job, prices, legal & (prices.peak_bytes <= limit_bytes))
-        counts.fits += int(np.count_nonzero(legal & (prices.peak_bytes <= job.cluster.accelerator.memory_bytes)))
+            pool.add(prices, legal & (prices.peak_bytes <= limit_bytes))
 
 
 def exact_price(job: Job, layout: Layout) -> tuple[float, float]:
@@ -120,23 +152,29 @@ def exact_price(job: Job, layout: Layout) -> tuple[float, float]:
     return float(time.step_s), float(estimate_memory(graph, job.stack, job.cluster).peak_bytes)
 
 
-def best_first(candidates: Iterable[Candidate], value: Callable[[Candidate], float]) -> Iterator[tuple[float, Candidate]]:
-    """(value, candidate) in the order of `value`, each exact.
+def exact_candidate(candidate: Candidate) -> Candidate:
+    """The same, priced by itself."""
+    step_s, peak_bytes = exact_price(candidate.job, candidate.layout)
+    return replace(candidate, step_s=step_s, peak_bytes=peak_bytes)
+
+
+def best_first(items: Iterable[T], value: Callable[[T], Any], exact: Callable[[T], T]) -> Iterator[T]:
+    """The items in the order of `value`, each exact.
 
     Args:
-        candidates: with lower bounds of their times.
-        value: what is minimised; it never falls when the step takes longer.
+        items: with lower bounds of their times.
+        value: what is minimised; it never falls when a step takes longer.
+        exact: an item once it is priced by itself.
     """
-    queue = [(value(each) * (1 - ROUNDING_FRACTION), 0, place, each) for place, each in enumerate(candidates)]
+    queue = [(value(each), 0, place, each) for place, each in enumerate(items)]
     heapq.heapify(queue)
     while queue:
-        found, is_exact, place, candidate = heapq.heappop(queue)
+        _, is_exact, place, item = heapq.heappop(queue)
         if is_exact:
-            yield found, candidate
-            continue
-        step_s, peak_bytes = exact_price(candidate.job, candidate.layout)
-        exact = Candidate(candidate.job, candidate.grid, candidate.index, candidate.num_devices, step_s, peak_bytes)
-        heapq.heappush(queue, (value(exact), 1, place, exact))
+            yield item
+        else:
+            found = exact(item)
+            heapq.heappush(queue, (value(found), 1, place, found))
 
 
 def complete_layout(job: Job, given: PartialLayout) -> tuple[Layout, list[str]]:
@@ -151,12 +189,12 @@ def complete_layout(job: Job, given: PartialLayout) -> tuple[Layout, list[str]]:
     if not space.grids:
         raise no_layout(job, given)
     limit = job.cluster.accelerator.memory_bytes
-    safe, tight = Pool(), Pool()
+    safe, tight = Pool(job), Pool(job)
     scan_space(job, space, Counts(), [(limit / job.stack.memory_interval.high, safe), (limit, tight)])
     among = f"of {space.num_legal:,} legal ones"
     for pool, kind in ((safe, "that fits even at the upper bound of its memory"), (tight, "that fits; none fits at the upper bound of its memory")):
-        found = next(best_first((each for own in pool.fastest.values() for each in own), lambda each: each.step_s), None)
+        found = next(best_first(pool.candidates(), lambda each: each.step_s, exact_candidate), None)
         if found is not None:
-            return found[1].layout, [f"layout: the fastest {among} {kind}"]
+            return found.layout, [f"layout: the fastest {among} {kind}"]
     assert tight.smallest is not None
     return tight.smallest.layout, [f"layout: none {among} fits; this one needs least memory"]

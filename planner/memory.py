@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from planner.arrays import largest
 from planner.graph import StepGraph
 from planner.hardware import Cluster
+from planner.part_memory import PartMemory
 from planner.stack import StackSpec
 from planner.stage_memory import WORKSPACES, Instant, StageMemory, Terms
 
@@ -103,17 +105,17 @@ def estimate_memory(graph: StepGraph, stack: StackSpec, cluster: Cluster) -> Mem
     return MemoryBreakdown(**parts, context=np.full(shape, stack.context), allocator_slack=slack, instant=instant)
 
 
-def peak_memory(graph: StepGraph, stack: StackSpec) -> Array:
+def peak_memory(graph: StepGraph, stack: StackSpec, parts: Sequence[PartMemory] | None = None) -> Array:
     """`estimate_memory(...).peak_bytes`, [...], but for rounding and without the parts: for many layouts.
 
     Stages of a kind that hold no more than the first of it are left out.
     """
-    held = StageMemory(graph, stack, only_fullest=True)
+    held = StageMemory(graph, stack, parts, only_fullest=True)
     # Sums of few numbers first: what differs between splits of the data, and what is there at all instants, is added last.
     alive = reduce(np.maximum, (_where(instant) for instant in held.instants().values()))
     alive = np.maximum(total_of([alive, *_values(held.throughout)]), held.gradients)
     most = total_of([alive, stack.workspace, *_lasting(held, graph, stack).values()])
-    return np.max(most * (1 + stack.allocator_slack_fraction), axis=-1) + stack.context
+    return largest(most) * (1 + stack.allocator_slack_fraction) + stack.context
 
 
 def _where(instant: Instant) -> Array:

@@ -18,6 +18,7 @@ from planner.graph import StepGraph, build_step_graph, in_pipeline
 from planner.layout import Layout, LayoutArrays
 from planner.layout_grid import LayoutGrid, pipeline_of
 from planner.memory import peak_memory
+from planner.part_memory import PartMemory, parts_memory
 from planner.resolve import Job
 from planner.step_work import PartWork, assemble_work, make_axis_groups, part_kernels, with_sharding
 from planner.timing import PartPasses, PartTimes, part_passes, part_times, whole_step_s
@@ -62,17 +63,19 @@ def _price(job: Job, grids: Sequence[LayoutGrid]) -> Iterator[Prices]:
     kernels = None if efficiency.curves is not None else _kernels(job, first)
     for _, alike in groupby(grids, key=pipeline_of):
         passes: list[PartPasses] = []
+        held: list[PartMemory] = []
         for grid in alike:
             graph = in_pipeline(first, grid.layouts)
             groups = make_axis_groups(graph, cluster)
             if not passes:
                 own = kernels or _kernels(job, graph)
                 parts = [with_sharding(work, graph, part, groups, cluster, efficiency) for part, (work, _) in zip(graph.parts, own, strict=True)]
+                held = parts_memory(graph, job.stack)
                 passes = [part_passes(part, times, efficiency.coefficients) for part, (_, times) in zip(parts, own, strict=True)]
             step_s = whole_step_s(assemble_work(graph, parts, groups, cluster, efficiency), passes, efficiency.coefficients)
             if job.nearby is not None:
                 step_s = step_s * np.exp(job.nearby.log_ratio_over(graph, cluster, job.software_year))
-            yield Prices(grid, np.broadcast_to(step_s, grid.shape), np.broadcast_to(peak_memory(graph, job.stack), grid.shape))
+            yield Prices(grid, np.broadcast_to(step_s, grid.shape), np.broadcast_to(peak_memory(graph, job.stack, held), grid.shape))
 
 
 def _kernels(job: Job, graph: StepGraph) -> list[tuple[PartWork, PartTimes]]:

@@ -5,20 +5,21 @@ In: a StepGraph and a stack. Out: `StageMemory`, whose methods return `Terms`; `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from planner.arrays import both, pick, times
-from planner.backward import kept_bytes, part_casts, walk
 from planner.framework_buffers import placeholder_bytes, reduction_bucket_bytes
-from planner.graph import Part, StepGraph, at_stages, first_of_each_kind, over_stages, part_runs
+from planner.graph import StepGraph, at_stages, first_of_each_kind, over_stages, part_runs
+from planner.part_memory import PartMemory, parts_memory
 from planner.pipeline_buffers import Messages, stage_axis
 from planner.schedules import SCHEDULES
-from planner.sharding import Sharding, expert_params, gathered_params
+from planner.sharding import Sharding
 from planner.stack import StackSpec
-from planner.states import part_gradients, part_states, wraps_weights
+from planner.states import wraps_weights
 
 __all__ = ["THROUGHOUT", "WORKSPACES", "Instant", "StageMemory", "Terms"]
 
@@ -56,24 +57,25 @@ class StageMemory:
     in the blocks: what one block works with, gathers and recomputes.
 
     Args:
+        parts: what one run of each part holds, where that is known already.
         only_fullest: of stages with the same parts the first alone, where the schedule says that it holds most; `pp` is then their number.
     """
 
-    def __init__(self, graph: StepGraph, stack: StackSpec, *, only_fullest: bool = False) -> None:
+    def __init__(self, graph: StepGraph, stack: StackSpec, parts: Sequence[PartMemory] | None = None, *, only_fullest: bool = False) -> None:
+        parts = parts_memory(graph, stack) if parts is None else parts
         layout, schedule = graph.layout, SCHEDULES[graph.layout.schedule]
         stages = first_of_each_kind(graph) if only_fullest and schedule.first_holds_most else np.arange(layout.pp)
         graph = graph if len(stages) == layout.pp else at_stages(graph, stages)
         self.graph, self.stack = graph, stack
         self.keeps_head = graph.numerics.loss_kernel != "chunked"  # which needs the head's weight no more
-        self.weights, self.gradients, self.optimizer = (schedule.resident(state) for state in _states(graph, stack))
+        self.weights, self.gradients, self.optimizer = (schedule.resident(state) for state in _states(graph, parts))
         self.gradients = self.gradients + placeholder_bytes(graph, stack) + reduction_bucket_bytes(graph, stack)
         self.in_flight = schedule.in_flight(layout.pp, layout.num_virtual_stages, graph.num_microbatches, stages)
-        kept, casts = [kept_bytes(part, graph, stack) for part in graph.parts], [part_casts(part, graph, stack) for part in graph.parts]
-        per_stage = (schedule.resident(each) / schedule.parameter_copies for each in _kept(graph, kept, casts))
+        per_stage = (schedule.resident(each) / schedule.parameter_copies for each in _kept(graph, parts))
         self.activations, self.logits, self.casts, self.head_casts = per_stage
         self.sharding = Sharding.of(graph, stack)
-        self.ends = [_End(graph, stack, index, kept[index][0]) for index in (0, -1)]
-        self.block = _worst_block(graph, stack, self.sharding, [each[0] for each in kept[1:-1]], casts[1:-1])
+        self.ends = [_End(parts[index], graph.parts[index].counts > 0) for index in (0, -1)]
+        self.block = _worst_block(graph, parts[1:-1])
         count = np.asarray(graph.num_microbatches, float)[..., None]
         waits = stack.pipeline_waits and layout.pp > 1
         has_buckets = both(np.asarray(layout.zero_stage) == 0, (np.asarray(layout.dp) > 1) & ~wraps_weights(graph))
@@ -89,7 +91,7 @@ class StageMemory:
         self.most_with_all = np.minimum(self.in_flight, np.maximum(count - 1, 0.0))
         self.has_next = count > 1
         runs = part_runs(graph)
-        stage_params = over_stages([gathered_params(part, graph) for part in graph.parts], runs)
+        stage_params = over_stages([part.gathered_params for part in parts], runs)
         # Chunks of a stage take turns: three are whole at once, or the one that goes backwards; and until as many microbatches as there
         # are stages have been through, one has gradients.
         chunks = layout.num_virtual_stages if waits else 1
@@ -102,12 +104,12 @@ class StageMemory:
         waiting = schedule.waiting(layout.pp, layout.num_virtual_stages, graph.num_microbatches, stages)
         self.messages = Messages(graph, stack, self.in_flight, waiting, stages)
         # what all instants have: masks, tokens and targets, outputs that wait for their gradients, the gradients that weights wait for
-        self.made_for_weights = over_stages([_output_gradients(part, graph.numerics.compute_bytes) for part in graph.parts], runs)
+        self.made_for_weights = over_stages([part.output_gradients for part in parts], runs)
         is_tied = graph.model.tie_word_embeddings and layout.pp == 1
         self.tied = self.ends[1].tied * is_tied
         self.throughout: Terms = {
             "activations": {
-                "masks of attention": _masks(graph),
+                "masks of attention": _masks(graph, parts),
                 "tokens and targets": stage_axis(2 * INDEX_BYTES * graph.num_microbatches * graph.shard.tokens),
                 "outputs of the stage": self.messages.outputs,
                 "inputs that lie in buffers": -self.messages.inputs,
@@ -274,22 +276,12 @@ class StageMemory:
 class _End:
     """The embedding or the head, on the stage that has it; [..., pp]."""
 
-    def __init__(self, graph: StepGraph, stack: StackSpec, index: int, kept: Array) -> None:
-        part = graph.parts[index]
-        self.is_there = part.counts > 0
-        self.params = stage_axis(gathered_params(part, graph)) * self.is_there
-        self.table = stage_axis(_most(part, "embedding_params")) * self.is_there
-        self.tied = stage_axis(part.total("tied_params")) * self.is_there
-        is_chunked = graph.numerics.loss_kernel == "chunked"  # other losses keep the hidden states
-        self.hidden = stage_axis(sum(cost.grad_input_bytes for cost in part.costs if cost.op.name == "head")) * self.is_there * is_chunked
-        self.kept = stage_axis(kept) * self.is_there
-        self.workspace = stage_axis(_most(part, "workspace_bytes")) * self.is_there
-        self.gradients = stage_axis(part_gradients(graph, stack, part)) * self.is_there
-
-
-def _most(part: Part, quantity: str) -> Array:
-    """Of one op."""
-    return np.max(np.stack(np.broadcast_arrays(*(np.asarray(getattr(cost, quantity), float) for cost in part.costs))), axis=0)
+    def __init__(self, part: PartMemory, is_there: np.ndarray) -> None:
+        self.is_there = is_there
+        self.params, self.table, self.tied, self.hidden, self.kept, self.workspace, self.gradients = (
+            stage_axis(value) * is_there
+            for value in (part.gathered_params, part.table, part.tied, part.hidden, part.kept, part.workspace, part.gradients)
+        )
 
 
 @dataclass(frozen=True)
@@ -313,46 +305,42 @@ class _Block:
     """What the blocks after it had kept, which is freed by then."""
 
 
-def _masks(graph: StepGraph) -> Array:
+def _masks(graph: StepGraph, parts: Sequence[PartMemory]) -> Array:
     """One for each window of the stage's layers."""
     by_window: dict[int, Array] = {}
-    for part in graph.parts[1:-1]:
-        for cost in part.costs:
-            if cost.op.kind == "attention":
-                window = getattr(cost.op, "window", 0)
-                by_window[window] = np.maximum(by_window.get(window, 0.0), stage_axis(cost.mask_bytes) * (part.counts > 0))
+    for part, held in zip(graph.parts, parts, strict=True):
+        for window, mask_bytes in held.masks.items():
+            by_window[window] = np.maximum(by_window.get(window, 0.0), stage_axis(mask_bytes) * (part.counts > 0))
     return sum(by_window.values(), np.zeros(len(graph.parts[0].counts)))
 
 
-def _worst_block(graph: StepGraph, stack: StackSpec, sharding: Sharding, kept: list[Array], casts: list[Array]) -> _Block:
-    """`kept`, `casts`: of each kind of block, what one run keeps and its weights in compute format."""
-    blocks = graph.parts[1:-1]
-    rate = (sharding.unreduced + sharding.made_late)[..., 0]
+def _worst_block(graph: StepGraph, blocks: Sequence[PartMemory]) -> _Block:
+    """`blocks`: each kind of them."""
     is_kept = graph.workload.recompute == "none"
     found: list[_Block] = []
     totals: list[Array] = []
-    for part, own, cast in zip(blocks, kept, casts, strict=True):
-        worst = walk(part, graph, stack, rate)
-        freed = sum(np.multiply.outer(np.asarray(bytes_, float), later) for bytes_, later in zip(kept, part.later, strict=True))
+    for part, held in zip(graph.parts[1:-1], blocks, strict=True):
+        worst = held.worst
+        freed = sum(np.multiply.outer(np.asarray(each.kept, float), later) for each, later in zip(blocks, part.later, strict=True))
         found.append(
             _Block(
                 saved=stage_axis(worst.saved),
                 casts=stage_axis(worst.casts),
                 made=stage_axis(worst.gradients),
                 temporaries=stage_axis(worst.temporaries),
-                kept=stage_axis(own),
-                kept_casts=stage_axis(cast if is_kept else 0.0),
-                params=stage_axis(gathered_params(part, graph)),
-                own_params=stage_axis(gathered_params(part, graph) - expert_params(part, graph)),
-                gradients=stage_axis(part_gradients(graph, stack, part)),
+                kept=stage_axis(held.kept),
+                kept_casts=stage_axis(held.casts if is_kept else 0.0),
+                params=stage_axis(held.gathered_params),
+                own_params=stage_axis(held.gathered_params - held.expert_params),
+                gradients=stage_axis(held.gradients),
                 stream=stage_axis(graph.stream_bytes),
                 count=part.counts,
                 later=freed,
             )
         )
-        totals.append(np.where(part.counts > 0, stage_axis(worst.total - own) - freed, -np.inf))
-    chosen = np.argmax(np.stack(np.broadcast_arrays(*totals)), axis=0)
-    is_there = sum(part.counts for part in blocks) > 0
+        totals.append(np.where(part.counts > 0, stage_axis(worst.total - held.kept) - freed, -np.inf))
+    is_there = sum(part.counts for part in graph.parts[1:-1]) > 0
+    chosen = np.argmax(np.stack(np.broadcast_arrays(*totals)), axis=0) if len(found) > 1 else np.zeros(1, int)
     return _Block(*(is_there * _choose(chosen, [getattr(each, name) for each in found]) for name in _Block.__dataclass_fields__))
 
 
@@ -363,28 +351,16 @@ def _choose(chosen: np.ndarray, values: list[Array]) -> Array:
     return np.choose(np.broadcast_to(chosen, np.broadcast_shapes(chosen.shape, *map(np.shape, values))), values)
 
 
-def _output_gradients(part: Part, compute_bytes: float) -> Array:
-    """Bytes of the gradients from which the part's weights get theirs; the head's are made with the loss."""
-    total: Array = 0.0
-    for cost in part.costs:
-        if cost.gemm is not None and cost.op.name != "head":
-            total = total + cost.gemm[0] * cost.num_gemms * cost.gemm[1] * compute_bytes
-        elif cost.gemm is None and np.any(np.asarray(cost.vector_params)):
-            total = total + cost.grad_output_bytes
-    return total
-
-
-def _states(graph: StepGraph, stack: StackSpec) -> list[Array]:
+def _states(graph: StepGraph, parts: Sequence[PartMemory]) -> list[Array]:
     """Weights, gradients and optimizer states per stage, [..., pp]."""
-    per_run = [part_states(graph, stack, part, is_expert) for part in graph.parts for is_expert in (False, True)]
     runs = np.repeat(part_runs(graph), 2, axis=0)
-    return [over_stages(state, runs) for state in zip(*per_run, strict=True)]
+    return [over_stages(state, runs) for state in zip(*(state for part in parts for state in part.states), strict=True)]
 
 
-def _kept(graph: StepGraph, kept: list[tuple[Array, Array]], casts: list[Array]) -> tuple[Array, Array, Array, Array]:
+def _kept(graph: StepGraph, parts: Sequence[PartMemory]) -> tuple[Array, Array, Array, Array]:
     """Per microbatch and stage: activations, logits, casts of blocks' weights, casts of the head's."""
     is_kept, runs = graph.workload.recompute == "none", part_runs(graph)
-    of_blocks = [value if part.is_block and is_kept else 0.0 for part, value in zip(graph.parts, casts, strict=True)]
-    of_head = [value if not part.is_block else 0.0 for part, value in zip(graph.parts, casts, strict=True)]
-    activations, logits = zip(*kept, strict=True)
+    of_blocks = [held.casts if part.is_block and is_kept else 0.0 for part, held in zip(graph.parts, parts, strict=True)]
+    of_head = [held.casts if not part.is_block else 0.0 for part, held in zip(graph.parts, parts, strict=True)]
+    activations, logits = ([getattr(held, name) for held in parts] for name in ("kept", "logits"))
     return over_stages(activations, runs), over_stages(logits, runs), over_stages(of_blocks, runs), over_stages(of_head, runs)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.arrays import largest
 from planner.coefficients import Coefficients
 from planner.efficiency import Efficiency, Work, work_rates
 from planner.graph import StepGraph, over_stages
@@ -248,7 +249,7 @@ def whole_step_s(work: StepWork, passes: Sequence[PartPasses], c: Coefficients) 
     forward, backward, weight, reduce_s, gather_s = (_over_stages([getattr(own, field.name) for own in passes], runs) for field in fields(PartPasses))
     transfer_s = work.stage_transfer.seconds(c) * (1 - c.pipeline_overlap)
     path_s = schedule.longest_path_s(forward, backward, weight, transfer_s, stages, work.num_virtual_stages, work.num_microbatches)
-    worked_s = path_s + np.max(_exposed_once(reduce_s, gather_s, c, backward + weight, forward), axis=-1)
+    worked_s = path_s + largest(_exposed_once(reduce_s, gather_s, c, backward + weight, forward))
     return worked_s + sum(_besides(work, c, worked_s))
 
 

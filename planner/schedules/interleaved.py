@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from planner.arrays import largest
 from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, StageNumbers, Stages, stage_numbers, use_microbatches
 
 __all__ = ["Interleaved"]
@@ -80,7 +81,7 @@ class Interleaved(Schedule):
         fewer = np.minimum(before_first, m * v) - 1
         head, tail = laps[0] + way - fewer * f, laps[1] + way - fewer * b
         detours = np.where(m * v > before_first, np.maximum(head, 0) + np.maximum(tail, 0), np.maximum(np.maximum(head, tail), 0))
-        return np.asarray((ramp + m * v * (f + b) + detours).max(axis=-1))
+        return largest(ramp + m * v * (f + b) + detours)
 
     def timeline(self, pp: int, num_virtual_stages: int, num_microbatches: int) -> list[list[Action]]:
         """Groups of pp microbatches go through chunk 0, 1, .. v - 1 (backward: v - 1, .. 0); warm-up, then F B F B ..., then the backwards left."""

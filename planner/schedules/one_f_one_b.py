@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from planner.arrays import largest
 from planner.schedules import SCHEDULES, Action, FloatArray, Schedule, StageNumbers, Stages, only_one_chunk, stage_numbers
 
 __all__ = ["OneFOneB"]
@@ -58,7 +59,7 @@ class OneFOneB(Schedule):
         steady = rounds * c + trips * np.maximum(d - (n - 1) * c, 0) + np.where(d >= (n - 1) * c, partial, 0)
         filled = ramp + steady + 2 * c + np.maximum(d, (n - 1) * f) + np.maximum(d, (n - 1) * b)
         few = ramp + c + np.maximum(d + (m - 1) * np.maximum(f, b), (m - 1) * c)
-        return np.asarray(np.where(m > n, filled, few).max(axis=-1))
+        return largest(np.where(m > n, filled, few))
 
     def timeline(self, pp: int, num_virtual_stages: int, num_microbatches: int) -> list[list[Action]]:
         """pp - stage - 1 forwards, then F B F B ..., then the backwards left."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from planner.best_layouts import Counts, Pool, best_first, scan_space
+from planner.best_layouts import Counts, Pool, best_first, exact_candidate, scan_space
 from planner.errors import InputError
 from planner.estimate import estimate
 from planner.graph import build_step_graph
@@ -95,9 +95,9 @@ def test_the_best_layout_is_the_best_of_all(request: dict[str, Any]) -> None:
     every = [grid.layout(index) for grid in space.grids for index in np.flatnonzero(grid.legal).tolist()]
     assume(0 < len(every) <= 40)
     times = [plan.time.step_s.value for layout in every if (plan := estimate(request | {"layout": layout.model_dump()})).fits]
-    pool, counts = Pool(), Counts()
+    pool, counts = Pool(job), Counts()
     scan_space(job, space, counts, [(job.cluster.accelerator.memory_bytes, pool)])
-    found = [value for value, _ in best_first((each for own in pool.fastest.values() for each in own), lambda each: each.step_s)]
+    found = [each.step_s for each in best_first(pool.candidates(), lambda each: each.step_s, exact_candidate)]
     assert (counts.priced, counts.fits) == (len(every), len(times))
     assert found == sorted(times)
 
