@@ -11,7 +11,7 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -126,19 +126,9 @@ def _gates(budget: str | None, max_days: str | None) -> list[tuple[str, Any]]:
     return gates
 
 
-def _scalar(text: str) -> Any:
-    """An option's text as YAML would read it; what is no scalar stays text, and fails as such."""
-    from planner.files import parse_yaml
-
-    try:
-        value = parse_yaml(text)
-    except InputError:
-        return text
-    return value if isinstance(value, (bool, int, float)) else text
-
-
 def _request(path: str | None, given: dict[str, str]) -> Any:
     """The plan file with the options put in, as a Request."""
+    from planner.options import put_options
     from planner.plan import build_request, read_plan_file
 
     if path is None and not given:
@@ -147,32 +137,7 @@ def _request(path: str | None, given: dict[str, str]) -> Any:
     where = path or "command line"
     if not isinstance(values, dict):
         return build_request(values, where)
-    values = dict(values)
-    places = _places()
-    for name, text in given.items():
-        section, is_text = places.get(name, (None, True))
-        value = f"{text} USD/h" if name == "price" and not any(c.isalpha() for c in text) else text if is_text else _scalar(text)
-        if section is None:
-            values[name] = value
-        else:
-            inner = values.get(section)
-            values[section] = {**(inner if isinstance(inner, dict) else {}), name: value}
-    return build_request(values, where)
-
-
-def _places() -> dict[str, tuple[str, bool]]:
-    """Option -> (section of the plan that it belongs to, whether its value is text whatever it looks like)."""
-    from planner.hardware import ClusterSpec
-    from planner.layout import PartialLayout
-    from planner.workload import Workload
-
-    found = {}
-    for section, kind in (("workload", Workload), ("cluster", ClusterSpec), ("layout", PartialLayout)):
-        for name, field in kind.model_fields.items():
-            kinds = get_args(field.annotation) or (field.annotation,)
-            is_text = any(k is str or (get_origin(k) is Literal and isinstance(get_args(k)[0], str)) for k in (*kinds, field.annotation))
-            found[field.alias or name] = (section, is_text or field.alias is not None)
-    return found
+    return build_request(put_options(values, given), where)
 
 
 def _width() -> int:

@@ -26,12 +26,12 @@ LEVELS: dict[str, int] = {
     **dict.fromkeys(("states", "sharding", "backward", "framework_buffers", "part_memory", "pipeline_buffers", "stage_memory", "memory"), 5),
     **dict.fromkeys(("step_work", "nearby", "timing"), 5),
     **dict.fromkeys(("economics", "scaling_laws"), 6),
-    **dict.fromkeys(("plan", "resolve", "layout_grid", "pricing", "layout_space", "best_layouts", "assemble"), 7),
+    **dict.fromkeys(("plan", "options", "resolve", "layout_grid", "pricing", "layout_space", "best_layouts", "assemble"), 7),
     "estimate": 8,
     **dict.fromkeys(("listing", "explain", "explanations", "compare", "peaks", "remedies", "validation", "calibration", "measurements", "report"), 9),
     **dict.fromkeys(("exporters", "importers", "fitting", "cases", "stack_fits", "measured_models", "measured_requests", "summaries"), 9),
     **dict.fromkeys(("measured_values", "ranking", "step_trace", "hardware_options", "search"), 9),
-    **dict.fromkeys(("cli", "cli_export", "cli_calibrate", "cli_search", "cli_trace", "__main__"), 10),
+    **dict.fromkeys(("cli", "cli_export", "cli_options", "cli_calibrate", "cli_search", "cli_trace", "__main__"), 10),
 }  # fmt: skip
 """What a file may import: its own level and below. A new file needs a place in this list."""
 BANNED = {"torch", "streamlit", "requests", "httpx", "urllib", "socket", "http", "ftplib", "pickle", "reftrain", "transformers"}
