@@ -18,6 +18,8 @@ from typer.exceptions import TyperException
 
 from planner.cli_calibrate import add_commands as add_calibrate_commands
 from planner.cli_export import add_commands as add_export_commands
+from planner.cli_options import JsonFlag, read_request, takes_request
+from planner.cli_search import add_commands as add_search_commands
 from planner.cli_trace import add_commands as add_trace_commands
 from planner.errors import InputError, PlannerError, Problem, nearest
 
@@ -32,62 +34,30 @@ def make_app(text: str) -> typer.Typer:
 app = make_app("Plan an LLM training run before you pay for it.")
 add_export_commands(app)
 add_calibrate_commands(app)
+add_search_commands(app)
 add_trace_commands(app)
 
 PROGRESS_ROWS = 50
 MANY_ROWS = 200
 """From here on several processes are faster, though each loads everything again."""
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-PlanFile = Annotated[str | None, typer.Argument(metavar="[PLAN.yaml]", help="A plan file; options below change it.")]
 
 
 @app.command(epilog="Example: planner estimate --model llama-3.1-8b --accelerator h100 --num-devices 64 --tokens 1T")
+@takes_request
 def estimate(
-    plan: PlanFile = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Preset, or path to an HF config.json.")] = None,
-    accelerator: Annotated[str | None, typer.Option(metavar="NAME", help="Name in `planner catalog accelerators`.")] = None,
-    num_devices: Annotated[str | None, typer.Option(metavar="N", help="Devices in all.")] = None,
-    tokens: Annotated[str | None, typer.Option(metavar="N", help="Training tokens, e.g. 15T.")] = None,
-    seq_len: Annotated[str | None, typer.Option(metavar="N", help="Tokens per sequence.")] = None,
-    global_batch_size: Annotated[str | None, typer.Option(metavar="N", help="Sequences per step.")] = None,
-    precision: Annotated[str | None, typer.Option(metavar="NAME", help="fp32, tf32, fp16, bf16, fp8, mxfp8 or nvfp4.")] = None,
-    optimizer: Annotated[str | None, typer.Option(metavar="NAME", help="adamw, sgd, sgd_momentum, adafactor, adamw_8bit or muon.")] = None,
-    recompute: Annotated[str | None, typer.Option(metavar="NAME", help="none, selective or full.")] = None,
-    job: Annotated[str | None, typer.Option(metavar="NAME", help="pretrain, finetune or lora.")] = None,
-    lora_rank: Annotated[str | None, typer.Option(metavar="N", help="Rank of the adapters, with --job lora.")] = None,
-    attention_kernel: Annotated[str | None, typer.Option(metavar="NAME", help="auto, flash or unfused.")] = None,
-    loss_kernel: Annotated[str | None, typer.Option(metavar="NAME", help="auto, fused, compiled, vocab_parallel, unfused or chunked.")] = None,
-    offer: Annotated[str | None, typer.Option(metavar="NAME", help="Cloud offer, e.g. aws/p5.48xlarge.")] = None,
-    pricing: Annotated[str | None, typer.Option(metavar="NAME", help="on_demand, spot, reserved_1y or reserved_3y.")] = None,
-    price: Annotated[str | None, typer.Option(metavar="USD", help="Dollars per device-hour, instead of the catalog's.")] = None,
-    node_size: Annotated[str | None, typer.Option(metavar="N", help="Devices per node.")] = None,
-    network: Annotated[str | None, typer.Option(metavar="RATE", help="Between nodes, per node and direction, e.g. 400GB/s.")] = None,
-    domain_size: Annotated[str | None, typer.Option(metavar="N", help="Devices per scale-up domain (NVLink domain, TPU slice).")] = None,
-    stack: Annotated[str | None, typer.Option(metavar="NAME", help="Software stack, or path to a stack file.")] = None,
-    catalog: Annotated[str | None, typer.Option(metavar="FILE", help="Own accelerators and offers.")] = None,
-    dp_replicate: Annotated[str | None, typer.Option(metavar="N", help="Copies of the sharded model, or plain data parallelism.")] = None,
-    dp_shard: Annotated[str | None, typer.Option(metavar="N", help="Data-parallel ranks over which ZeRO shards.")] = None,
-    tp: Annotated[str | None, typer.Option(metavar="N", help="Tensor parallel degree.")] = None,
-    cp: Annotated[str | None, typer.Option(metavar="N", help="Context parallel degree.")] = None,
-    pp: Annotated[str | None, typer.Option(metavar="N", help="Pipeline stages.")] = None,
-    num_virtual_stages: Annotated[str | None, typer.Option(metavar="N", help="Model chunks per pipeline rank.")] = None,
-    schedule: Annotated[str | None, typer.Option(metavar="NAME", help="1f1b, interleaved_1f1b, gpipe, zb_h1 or dualpipe.")] = None,
-    ep: Annotated[str | None, typer.Option(metavar="N", help="Expert parallel degree.")] = None,
-    zero_stage: Annotated[str | None, typer.Option(metavar="N", help="0, 1, 2 or 3.")] = None,
-    sequence_parallel: Annotated[str | None, typer.Option(metavar="true|false")] = None,
-    micro_batch_size: Annotated[str | None, typer.Option(metavar="N", help="Sequences per microbatch and data-parallel rank.")] = None,
+    plan: str | None,
+    given: dict[str, str],
     budget: Annotated[str | None, typer.Option(metavar="USD", help="Exit with status 4 when the run costs more.")] = None,
     max_days: Annotated[str | None, typer.Option(metavar="DAYS", help="Exit with status 4 when it takes longer.")] = None,
     out: Annotated[str | None, typer.Option(metavar="PLAN.yaml", help="Write the complete plan.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Memory, time, cost and loss of one training run; the best layout where none is given."""
-    given = {name: value for name, value in locals().items() if value is not None and name not in ("plan", "budget", "max_days", "out", "as_json")}
     from planner.estimate import estimate as run
     from planner.files import to_json
 
     gates = _gates(budget, max_days)
-    request = _request(plan, given)
+    request = read_request(plan, given)
     result = run(request)
     if out is not None:
         result.save(out)
@@ -126,20 +96,6 @@ def _gates(budget: str | None, max_days: str | None) -> list[tuple[str, Any]]:
     return gates
 
 
-def _request(path: str | None, given: dict[str, str]) -> Any:
-    """The plan file with the options put in, as a Request."""
-    from planner.options import put_options
-    from planner.plan import build_request, read_plan_file
-
-    if path is None and not given:
-        raise InputError.single("model", None, "is required", "name a plan file, or use --model, --accelerator and --num-devices")
-    values = {} if path is None else read_plan_file(path)
-    where = path or "command line"
-    if not isinstance(values, dict):
-        return build_request(values, where)
-    return build_request(put_options(values, given), where)
-
-
 def _width() -> int:
     return shutil.get_terminal_size((80, 24)).columns
 
@@ -157,7 +113,7 @@ def explain(
     from planner.files import to_json
     from planner.report.explain_text import render_explanation
 
-    found = run(_request(plan, {}), key)
+    found = run(read_request(plan, {}), key)
     sys.stdout.write(to_json(asdict(found)) if as_json else render_explanation(found, _width()))
 
 
@@ -174,7 +130,7 @@ def memory(
     from planner.report.memory_svg import draw_memory
     from planner.report.memory_text import render_memory
 
-    timeline = memory_timeline(_request(plan, {}))
+    timeline = memory_timeline(read_request(plan, {}))
     if stage is not None and not 0 <= stage < len(timeline.stages):
         raise InputError.single("stage", stage, f"must be 0 to {len(timeline.stages) - 1}", "name a stage of the plan")
     if svg is not None:
@@ -194,7 +150,7 @@ def compare(plans: Annotated[list[str], typer.Argument(metavar="PLAN.yaml PLAN.y
 
     if not 2 <= len(plans) <= 6:
         raise InputError.single("plans", len(plans), "compare takes 2 to 6 plans", "name 2 to 6 plan files")
-    found = run([estimate_one(_request(path, {})) for path in plans])
+    found = run([estimate_one(read_request(path, {})) for path in plans])
     sys.stdout.write(to_json(asdict(found)) if as_json else render_comparison(found, _width()))
 
 

@@ -148,10 +148,33 @@ def search(
     best = list(_best(seen))
     plans = tuple(estimate(_request_of(request, point)) for point in best)
     front = tuple(_front(seen)) if wanted.pareto else ()
-    remedies = () if plans else tuple(find_remedies(request))
+    remedies = () if plans else tuple(_relaxed(request, hardware, wanted) if seen.counts.fits else find_remedies(request))
     return SearchResult(
         request, wanted, seen.counts, _most_first(seen.counts.refused), tuple(seen.notes), plans, front, remedies, clock.perf_counter() - start_s
     )
+
+
+def _relaxed(request: Request, hardware: Hardware, wanted: Wanted) -> Iterator[Remedy]:
+    """The least by which each limit must give way, the others kept; or both, where one alone is not enough."""
+    limits = wanted.limits
+    changes: list[tuple[Limits, Objective]] = []
+    if limits.usd is not None:
+        changes.append((replace(limits, usd=None), "cost"))
+    if limits.days is not None:
+        changes.append((replace(limits, days=None), "time"))
+    for wider, objective in [*changes, (replace(limits, usd=None, days=None), "cost")]:
+        if wider == limits:
+            continue
+        found = search(request, hardware, replace(wanted, objective=objective, limits=wider, top=1, pareto=False))
+        for plan in found.plans:
+            needed = []
+            if wider.usd is None and limits.usd is not None and plan.cost.usd is not None:
+                needed.append(f"--budget {math.ceil(plan.cost.usd.value):,} (now {limits.usd:,.0f})")
+            if wider.days is None and limits.days is not None:
+                needed.append(f"--max-days {math.ceil(plan.time.train_s.value / DAY_S * 10) / 10:g} (now {limits.days:g})")
+            yield Remedy(" and ".join(needed), plan)
+            if wider.usd is wider.days is None:
+                return
 
 
 def _within(hardware: Hardware, request: Request, limits: Limits) -> Hardware:
@@ -183,7 +206,7 @@ def _scan(site: Site, job: Job, given: PartialLayout, seen: _Field) -> None:
     """All layouts of a job on a site."""
     space = layout_space(job, given, site.device_counts)
     seen.counts.add_space(space)
-    pool = Pool(job, max(4 * seen.wanted.top, 32))
+    pool = Pool(job, 64 * seen.wanted.top)
     scan_space(job, space, seen.counts, [(site.first.cluster.accelerator.memory_bytes, pool)], _step_limits(job, site, seen.wanted.limits))
     seen.entries.append((site, pool))
 
@@ -246,16 +269,26 @@ def _exactly(site_of: dict[int, Site], objective: Objective) -> Callable[[Point]
 
 
 def _best(seen: _Field) -> Iterator[Point]:
-    """The best points that keep the limits, at most as many as wanted."""
+    """The best points that keep the limits, at most as many as wanted: the best one of each shape."""
     wanted = seen.wanted
     site_of = {id(pool.job): site for site, pool in seen.entries}
     points = [_cheapest(site, candidate, wanted.objective) for site, pool in seen.entries for candidate in pool.candidates()]
     if wanted.objective == "cost" and points and all(point.cost.usd is None for point in points):
         raise _no_price("--objective", "cost")
-    ordered = best_first(points, lambda point: _value(point, wanted.objective), _exactly(site_of, wanted.objective))
-    kept = (point for point in ordered if _keeps(point, wanted.limits))
-    for point, _ in zip(kept, range(wanted.top), strict=False):
-        yield point
+    shown: set[tuple[object, ...]] = set()
+    for point in best_first(points, lambda point: _value(point, wanted.objective), _exactly(site_of, wanted.objective)):
+        shape = _shape(point)
+        if _keeps(point, wanted.limits) and shape not in shown:
+            shown.add(shape)
+            yield point
+        if len(shown) == wanted.top:
+            return
+
+
+def _shape(point: Point) -> tuple[object, ...]:
+    """What a person would call the same plan: prices, policies and the split of data parallelism apart."""
+    layout, names = point.candidate.layout, ("tp", "cp", "pp", "ep", "num_virtual_stages", "schedule", "micro_batch_size")
+    return (point.rental.cluster.accelerator.id, point.num_devices, *(getattr(layout, name) for name in names))
 
 
 def _no_price(key: str, value: object) -> InputError:
