@@ -37,7 +37,7 @@ class Limits:
     """What a plan may cost and take at most."""
 
     usd: float | None = None
-    days: float | None = None
+    num_days: float | None = None
     num_devices: int | None = None
 
     def check(self) -> None:
@@ -46,7 +46,7 @@ class Limits:
         Raises:
             InputError: a limit of nothing.
         """
-        for key, value in (("--budget", self.usd), ("--max-days", self.days), ("--max-devices", self.num_devices)):
+        for key, value in (("--budget", self.usd), ("--max-days", self.num_days), ("--max-devices", self.num_devices)):
             if value is not None and not value > 0:
                 raise InputError.single(key, value, "must be more than 0", f"leave {key} out, or raise it")
 
@@ -160,9 +160,9 @@ def _relaxed(request: Request, hardware: Hardware, wanted: Wanted) -> Iterator[R
     changes: list[tuple[Limits, Objective]] = []
     if limits.usd is not None:
         changes.append((replace(limits, usd=None), "cost"))
-    if limits.days is not None:
-        changes.append((replace(limits, days=None), "time"))
-    for wider, objective in [*changes, (replace(limits, usd=None, days=None), "cost")]:
+    if limits.num_days is not None:
+        changes.append((replace(limits, num_days=None), "time"))
+    for wider, objective in [*changes, (replace(limits, usd=None, num_days=None), "cost")]:
         if wider == limits:
             continue
         found = search(request, hardware, replace(wanted, objective=objective, limits=wider, top=1, pareto=False))
@@ -170,10 +170,10 @@ def _relaxed(request: Request, hardware: Hardware, wanted: Wanted) -> Iterator[R
             needed = []
             if wider.usd is None and limits.usd is not None and plan.cost.usd is not None:
                 needed.append(f"--budget {math.ceil(plan.cost.usd.value):,} (now {limits.usd:,.0f})")
-            if wider.days is None and limits.days is not None:
-                needed.append(f"--max-days {math.ceil(plan.time.train_s.value / DAY_S * 10) / 10:g} (now {limits.days:g})")
+            if wider.num_days is None and limits.num_days is not None:
+                needed.append(f"--max-days {math.ceil(plan.time.train_s.value / DAY_S * 10) / 10:g} (now {limits.num_days:g})")
             yield Remedy(" and ".join(needed), plan)
-            if wider.usd is wider.days is None:
+            if wider.usd is wider.num_days is None:
                 return
 
 
@@ -214,8 +214,8 @@ def _scan(site: Site, job: Job, given: PartialLayout, seen: _Field) -> None:
 def _step_limits(job: Job, site: Site, limits: Limits) -> dict[str, dict[int, float]]:
     """Reason -> devices -> seconds that a step may last at most: by the days, and by the money where the devices are cheapest."""
     found: dict[str, dict[int, float]] = {}
-    if limits.days is not None:
-        found["max_days"] = {n: limits.days * DAY_S / _price(job, rentals[0], 1.0).train_s for n, rentals in site.rentals.items()}
+    if limits.num_days is not None:
+        found["max_days"] = {n: limits.num_days * DAY_S / _price(job, rentals[0], 1.0).train_s for n, rentals in site.rentals.items()}
     if limits.usd is not None:
         per_second = {n: [_price(job, rental, 1.0).usd for rental in rentals] for n, rentals in site.rentals.items()}
         found["budget"] = {n: max((limits.usd / usd for usd in each if usd is not None), default=0.0) for n, each in per_second.items()}
@@ -256,7 +256,7 @@ def _cheapest(site: Site, candidate: Candidate, objective: Objective) -> Point:
 
 def _keeps(point: Point, limits: Limits) -> bool:
     usd = point.cost.usd
-    return (limits.days is None or point.cost.train_s <= limits.days * DAY_S) and (limits.usd is None or (usd is not None and usd <= limits.usd))
+    return (limits.num_days is None or point.cost.train_s <= limits.num_days * DAY_S) and (limits.usd is None or (usd is not None and usd <= limits.usd))
 
 
 def _exactly(site_of: dict[int, Site], objective: Objective) -> Callable[[Point], Point]:

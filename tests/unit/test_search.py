@@ -168,7 +168,7 @@ def test_what_nothing_holds_gets_changes_that_fit() -> None:
         (Hardware(), Wanted(pareto=True), "needs prices"),
         (Hardware(), Wanted(objective="speed"), "--objective"),  # type: ignore[arg-type]
         (Hardware(), Wanted(limits=Limits(num_devices=4)), "--max-devices"),
-        (Hardware(), Wanted(limits=Limits(days=0)), "--max-days"),
+        (Hardware(), Wanted(limits=Limits(num_days=0)), "--max-days"),
     ],
 )
 def test_wrong_input_names_the_option(hardware: Hardware, wanted: Wanted, words: str) -> None:
