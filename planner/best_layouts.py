@@ -32,10 +32,10 @@ POOL_SIZE = 64
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout: what it takes at least, or, once it was priced by itself, exactly."""
+    """A layout: what it takes at least, or, once it was priced by itself, exactly. Without a grid: what any layout takes at least."""
 
     job: Job
-    grid: LayoutGrid
+    grid: LayoutGrid | None
     index: int
     num_devices: int
     step_s: float
@@ -44,6 +44,7 @@ class Candidate:
     @property
     def layout(self) -> Layout:
         """The layout itself."""
+        assert self.grid is not None
         return self.grid.layout(self.index)
 
 

@@ -47,8 +47,9 @@ def search(
     """The best plans: every legal layout on all the hardware named, by an objective, within limits."""
     from planner.files import to_json
     from planner.hardware_options import Hardware
+    from planner.points import Limits
     from planner.report.search_text import render_search, search_to_dict
-    from planner.search import Limits, Wanted
+    from planner.search import Wanted
     from planner.search import search as run
 
     if top < 1:

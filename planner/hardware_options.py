@@ -82,7 +82,8 @@ def list_sites(request: Request, hardware: Hardware) -> tuple[list[Site], list[s
             except InputError as error:
                 refused.append(f"{spec.offer or spec.accelerator}, {count} devices: {error.problems[0].rule}")
                 continue
-            key = (cluster.accelerator.id, cluster.node_size, cluster.scale_up, cluster.scale_out)
+            links = [None if link is None else link.model_dump(exclude={"name", "source"}) for link in (cluster.scale_up, cluster.scale_out)]
+            key = (cluster.accelerator.id, cluster.node_size, *links)
             sites.setdefault(repr(key), Site()).rentals.setdefault(count, []).append(Rental(own, cluster))
     return list(sites.values()), refused
 

@@ -13,13 +13,13 @@ from itertools import product
 import numpy as np
 
 from planner.errors import InputError
-from planner.layout import Layout, PartialLayout
+from planner.layout import Layout, LayoutArrays, PartialLayout
 from planner.layout_grid import Axes, LayoutGrid, make_grid, without_unused
 from planner.layout_rules import check_layout
 from planner.resolve import Job
 from planner.schedules import SCHEDULES
 
-__all__ = ["LayoutSpace", "layout_space", "no_layout"]
+__all__ = ["LayoutSpace", "all_shards", "layout_space", "no_layout"]
 
 LONGEST_CHUNKS = 8
 """Numbers of virtual stages that are tried for one pipeline, at most."""
@@ -66,6 +66,13 @@ def layout_space(job: Job, given: PartialLayout, device_counts: Sequence[int] | 
         for rule, count in grid.refused.items():
             refused[rule] = refused.get(rule, 0) + count
     return LayoutSpace(without_unused(grids), sum(grid.num_combined for grid in grids), refused)
+
+
+def all_shards(job: Job, given: PartialLayout, device_counts: Sequence[int]) -> LayoutArrays:
+    """Every tp, cp, ep, micro-batch and sequence parallelism of a space, legal or not, on devices that share no data; [W, B]."""
+    tp, cp, ep = (row[:, None] for row in _shards(job, given, sorted(device_counts)))
+    micro_batch_size, sequence_parallel = (row[None, :] for row in _batches(job, given))
+    return LayoutArrays(1, 1, tp, cp, ep, 0, sequence_parallel.astype(bool), micro_batch_size)
 
 
 def _divisors(numbers: Sequence[int], limit: int) -> list[int]:

@@ -120,13 +120,9 @@ class NearbyRuns:
         """
         places = layout_places(graph)
         shape = np.broadcast_shapes(*(place.shape for place in places))
-        job = features_of(replace(graph, layout=Layout()), cluster, software_year or self.last_year) / _LENGTHS
-        apart = np.sum((self.places[:, ~_IS_OF_LAYOUT] - job[~_IS_OF_LAYOUT]) ** 2, axis=1)
-        near = apart < FAR
-        if not near.any():
+        weights, heard = self._heard(graph, cluster, software_year)
+        if not heard.any():
             return np.zeros(1)
-        weights = np.where(near, _weights(self) * np.exp(-apart / 2), 0.0)
-        heard = np.abs(weights) > UNHEARD * np.max(np.abs(weights))
         runs = self.places[np.ix_(heard, _IS_OF_LAYOUT)]
         middle = runs.mean(axis=0)  # measured from there, nothing that is raised to a power is large
         runs = runs - middle
@@ -141,6 +137,18 @@ class NearbyRuns:
         for each in others[1:]:
             joined = (joined[:, None, :] * each).reshape(-1, len(runs))
         return np.asarray(np.exp(-whole / 2) * (first @ joined.T).reshape(shape))
+
+    def least_log_ratio(self, graph: StepGraph, cluster: Cluster, software_year: float | None = None) -> float:
+        """What `log_ratio_over` can never be below, whatever the layout: the sum of its negative terms at their largest."""
+        weights, heard = self._heard(graph, cluster, software_year)
+        return float(AMPLITUDE**2 * np.minimum(weights[heard], 0.0).sum())
+
+    def _heard(self, graph: StepGraph, cluster: Cluster, software_year: float | None) -> tuple[np.ndarray, np.ndarray]:
+        """(weights of the runs for this job, which of them are asked)."""
+        job = features_of(replace(graph, layout=Layout()), cluster, software_year or self.last_year) / _LENGTHS
+        apart = np.sum((self.places[:, ~_IS_OF_LAYOUT] - job[~_IS_OF_LAYOUT]) ** 2, axis=1)
+        weights = np.where(apart < FAR, _weights(self) * np.exp(-apart / 2), 0.0)
+        return weights, np.abs(weights) > UNHEARD * np.max(np.abs(weights))
 
     def spread_at(self, graph: StepGraph, cluster: Cluster, software_year: float | None = None) -> Array:
         """Standard deviation of log(measured / predicted), a number or [n].

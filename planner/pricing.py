@@ -6,6 +6,7 @@ messages of data parallelism once for all schedules of a pipeline; the rest per 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from planner.resolve import Job
 from planner.step_work import PartWork, assemble_work, make_axis_groups, part_kernels, with_sharding
 from planner.timing import PartPasses, PartTimes, part_passes, part_times, whole_step_s
 
-__all__ = ["Prices", "build_graph", "price_grids"]
+__all__ = ["Prices", "build_graph", "least_device_s", "price_grids"]
 
 CACHED_ELEMENTS = 2**15
 """Layouts at once: 256 KiB a number of each, a few of which a core's second-level cache holds."""
@@ -76,6 +77,19 @@ def _price(job: Job, grids: Sequence[LayoutGrid]) -> Iterator[Prices]:
             if job.nearby is not None:
                 step_s = step_s * np.exp(job.nearby.log_ratio_over(graph, cluster, job.software_year))
             yield Prices(grid, np.broadcast_to(step_s, grid.shape), np.broadcast_to(peak_memory(graph, job.stack, held), grid.shape))
+
+
+def least_device_s(job: Job, shards: LayoutArrays) -> float:
+    """Seconds of one step times the devices that it takes: no layout with one of these shards and batches needs less.
+
+    Formula: the passes of all parts through the whole model, on every device of the (tp, cp) group, for all sequences of the batch; less what
+    measured runs nearby may say at most. Left out, all of which only adds: messages of data parallelism, bubbles, the optimizer.
+    """
+    graph = build_graph(job, shards)
+    one = sum((times.forward_s + times.backward_s) * np.sum(part.counts) for part, (_, times) in zip(graph.parts, _kernels(job, graph), strict=True))
+    whole = one * (job.global_batch_size / shards.micro_batch_size) * shards.tp * shards.cp
+    nearby = 0.0 if job.nearby is None else job.nearby.least_log_ratio(graph, job.cluster, job.software_year)
+    return float(np.min(whole)) * math.exp(nearby)
 
 
 def _kernels(job: Job, graph: StepGraph) -> list[tuple[PartWork, PartTimes]]:

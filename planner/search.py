@@ -8,47 +8,28 @@ from __future__ import annotations
 
 import math
 import time as clock
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from itertools import product
 
 from planner.best_layouts import Candidate, Counts, Pool, best_first, exact_candidate, scan_space
-from planner.economics import CostBreakdown, Goodput, estimate_cost, estimate_goodput
 from planner.errors import InputError
 from planner.estimate import estimate
-from planner.hardware_options import Hardware, Rental, Site, list_sites
+from planner.hardware_options import Hardware, Site, list_sites
 from planner.layout import PartialLayout
-from planner.layout_space import layout_space
+from planner.layout_space import all_shards, layout_space
 from planner.plan import Plan, Request
+from planner.points import OBJECTIVES, Limits, Objective, Point, cheapest, is_beaten, keeps, price_run, value_of
+from planner.pricing import least_device_s
 from planner.registry import unknown_name
 from planner.remedies import Remedy, find_remedies
 from planner.resolve import Job, resolve
 from planner.units import DAY_S
 
-__all__ = ["OBJECTIVES", "Limits", "Objective", "Point", "SearchResult", "Wanted", "search"]
+__all__ = ["SearchResult", "Wanted", "search"]
 
-Objective = Literal["time", "cost", "devices", "energy"]
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+NO_LIMITS = Limits()
 RECOMPUTES = ("none", "selective", "full")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a plan may cost and take at most."""
-
-    usd: float | None = None
-    num_days: float | None = None
-    num_devices: int | None = None
-
-    def check(self) -> None:
-        """Refuses limits that nothing can keep.
-
-        Raises:
-            InputError: a limit of nothing.
-        """
-        for key, value in (("--budget", self.usd), ("--max-days", self.num_days), ("--max-devices", self.num_devices)):
-            if value is not None and not value > 0:
-                raise InputError.single(key, value, "must be more than 0", f"leave {key} out, or raise it")
 
 
 @dataclass(frozen=True)
@@ -56,7 +37,7 @@ class Wanted:
     """What is searched for."""
 
     objective: Objective = "time"
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
     top: int = 5
     pareto: bool = False
     recomputes: Sequence[str] = ()
@@ -66,20 +47,6 @@ class Wanted:
 
 
 ITS_OWN, FASTEST = Hardware(), Wanted()
-
-
-@dataclass(frozen=True)
-class Point:
-    """A layout on a rental, with what the whole run takes and costs."""
-
-    candidate: Candidate
-    rental: Rental
-    cost: CostBreakdown
-
-    @property
-    def num_devices(self) -> int:
-        """Devices in all."""
-        return self.candidate.num_devices
 
 
 @dataclass(frozen=True)
@@ -93,6 +60,10 @@ class SearchResult:
     """Reason -> layouts that were not taken for it."""
     notes: tuple[str, ...]
     """Hardware that was left out, and why."""
+    num_jobs: int
+    """Machines and policies."""
+    num_pruned: int
+    """Of them, those that were not looked at: even with nothing to wait for they could not be better."""
     plans: tuple[Plan, ...]
     """Best first."""
     pareto: tuple[Point, ...]
@@ -113,6 +84,9 @@ class _Field:
     wanted: Wanted
     counts: Counts = field(default_factory=Counts)
     entries: list[tuple[Site, Pool]] = field(default_factory=list)
+    exact: dict[tuple[int, int, int], Candidate] = field(default_factory=dict)
+    """Layouts that were priced by themselves."""
+    num_pruned: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -140,9 +114,12 @@ def search(
         raise unknown_name("--objective", wanted.objective, list(OBJECTIVES))
     sites, refused = list_sites(request, _within(hardware, request, wanted.limits))
     seen = _Field(wanted, notes=refused)
-    jobs = [(site, job) for site in sites for job in _jobs(request, site, wanted, seen)]
-    for done, (site, job) in enumerate(jobs):
-        _scan(site, job, request.layout, seen)
+    jobs = sorted(_jobs(request, sites, wanted, seen), key=lambda each: each.least)
+    for done, each in enumerate(jobs):
+        if not _may_be_better(each, seen) or not _may_be_better(own := each.with_policy(request), seen):
+            seen.num_pruned += 1
+        else:
+            _scan(own.site, own.job, request.layout, seen)
         if progress is not None:
             progress(done + 1, len(jobs))
     best = list(_best(seen))
@@ -150,7 +127,17 @@ def search(
     front = tuple(_front(seen)) if wanted.pareto else ()
     remedies = () if plans else tuple(_relaxed(request, hardware, wanted) if seen.counts.fits else find_remedies(request))
     return SearchResult(
-        request, wanted, seen.counts, _most_first(seen.counts.refused), tuple(seen.notes), plans, front, remedies, clock.perf_counter() - start_s
+        request,
+        wanted,
+        seen.counts,
+        _most_first(seen.counts.refused),
+        tuple(seen.notes),
+        len(jobs),
+        seen.num_pruned,
+        plans,
+        front,
+        remedies,
+        clock.perf_counter() - start_s,
     )
 
 
@@ -186,20 +173,68 @@ def _within(hardware: Hardware, request: Request, limits: Limits) -> Hardware:
     return replace(hardware, device_counts=allowed)
 
 
-def _jobs(request: Request, site: Site, wanted: Wanted, seen: _Field) -> Iterator[Job]:
-    """The job on a site, under each policy of recomputation and precision that is open."""
+@dataclass(frozen=True)
+class _Job:
+    """A job on a site, and what its best plan is worth at most."""
+
+    site: Site
+    job: Job
+    recompute: str
+    """The policy that is meant; `bounds` may be those of no recomputation, which holds for all."""
+    objective: Objective
+    bounds: dict[int, Point]
+    """Devices -> a plan that no layout can better."""
+
+    @property
+    def least(self) -> tuple[float, ...]:
+        """Value of the best of them."""
+        return min(value_of(point, self.objective) for point in self.bounds.values())
+
+    def with_policy(self, request: Request) -> _Job:
+        """The same under its own policy of recomputation."""
+        if self.job.workload.recompute == self.recompute:
+            return self
+        job = _job_at(request, self.site, self.recompute, self.job.workload.precision)
+        return replace(self, job=job, bounds=_bounds(request, self.site, job, self.objective))
+
+
+def _jobs(request: Request, sites: Sequence[Site], wanted: Wanted, seen: _Field) -> Iterator[_Job]:
+    """The job on each site, under each policy that is open."""
     own = request.workload
     recomputes = wanted.recomputes or ([own.recompute] if "recompute" in own.model_fields_set else RECOMPUTES)
-    for precision in wanted.precisions or [own.precision]:
-        for recompute in recomputes:
-            workload = type(own).model_validate({**own.model_dump(exclude_unset=True), "recompute": recompute, "precision": precision})
-            try:
-                yield resolve(request.model_copy(update={"cluster": site.first.spec, "workload": workload}))
-            except InputError as error:
-                if any(problem.key.startswith("model") for problem in error.problems):
-                    raise
-                seen.notes.append(f"{site.first.cluster.accelerator.id}: {error.problems[0].rule}")
-                break
+    for site, precision in product(sites, wanted.precisions or [own.precision]):
+        try:
+            job = _job_at(request, site, RECOMPUTES[0] if len(recomputes) > 1 else recomputes[0], precision)
+        except InputError as error:
+            if any(not problem.key.endswith("precision") for problem in error.problems):
+                raise
+            seen.notes.append(f"{site.first.cluster.accelerator.id}: {error.problems[0].rule}")
+            continue
+        bounds = _bounds(request, site, job, wanted.objective)
+        yield from (_Job(site, job, recompute, wanted.objective, bounds) for recompute in recomputes)
+
+
+def _job_at(request: Request, site: Site, recompute: str, precision: str) -> Job:
+    own = request.workload
+    workload = type(own).model_validate({**own.model_dump(exclude_unset=True), "recompute": recompute, "precision": precision})
+    return resolve(request.model_copy(update={"cluster": site.first.spec, "workload": workload}))
+
+
+def _bounds(request: Request, site: Site, job: Job, objective: Objective) -> dict[int, Point]:
+    device_s = least_device_s(job, all_shards(job, request.layout, site.device_counts)) if job.efficiency.curves is None else 0.0
+    return {count: cheapest(site, Candidate(job, None, 0, count, device_s / count, 0.0), objective) for count in site.device_counts}
+
+
+def _may_be_better(each: _Job, seen: _Field) -> bool:
+    """Whether a job could still add to what was found, or to the front."""
+    wanted = seen.wanted
+    hopes = [point for point in each.bounds.values() if keeps(point, wanted.limits)]
+    if not hopes or not seen.entries:
+        return not seen.entries  # one job is looked at all the same, so that there is something to tell
+    found = list(_best(seen))
+    if len(found) < wanted.top or min(value_of(point, wanted.objective) for point in hopes) <= value_of(found[-1], wanted.objective):
+        return True
+    return wanted.pareto and not all(is_beaten(point, front) for front in [_front(seen)] for point in hopes)
 
 
 def _scan(site: Site, job: Job, given: PartialLayout, seen: _Field) -> None:
@@ -215,55 +250,23 @@ def _step_limits(job: Job, site: Site, limits: Limits) -> dict[str, dict[int, fl
     """Reason -> devices -> seconds that a step may last at most: by the days, and by the money where the devices are cheapest."""
     found: dict[str, dict[int, float]] = {}
     if limits.num_days is not None:
-        found["max_days"] = {n: limits.num_days * DAY_S / _price(job, rentals[0], 1.0).train_s for n, rentals in site.rentals.items()}
+        found["max_days"] = {n: limits.num_days * DAY_S / price_run(job, rentals[0], 1.0).train_s for n, rentals in site.rentals.items()}
     if limits.usd is not None:
-        per_second = {n: [_price(job, rental, 1.0).usd for rental in rentals] for n, rentals in site.rentals.items()}
+        per_second = {n: [price_run(job, rental, 1.0).usd for rental in rentals] for n, rentals in site.rentals.items()}
         found["budget"] = {n: max((limits.usd / usd for usd in each if usd is not None), default=0.0) for n, each in per_second.items()}
     return found
 
 
-def _price(job: Job, rental: Rental, step_s: float) -> CostBreakdown:
-    """The whole run, which is in proportion to the step."""
-    num_steps = -(-job.tokens // (job.global_batch_size * job.seq_len))
-    return estimate_cost(step_s, num_steps, rental.cluster, _goodput(rental))
-
-
-def _goodput(rental: Rental) -> Goodput:
-    return estimate_goodput(rental.cluster.num_devices / rental.cluster.node_size)
-
-
-def _points(site: Site, candidate: Candidate) -> Iterator[Point]:
-    """A layout at each price that its devices are let for."""
-    for rental in site.rentals[candidate.num_devices]:
-        yield Point(candidate, rental, _price(candidate.job, rental, candidate.step_s))
-
-
-def _value(point: Point, objective: Objective) -> tuple[float, float]:
-    """What is minimised, and what decides between equals."""
-    cost = point.cost
-    usd = math.inf if cost.usd is None else cost.usd
-    return {
-        "time": (cost.train_s, usd),
-        "cost": (usd, cost.train_s),
-        "devices": (float(point.num_devices), cost.train_s),
-        "energy": (cost.energy_kwh, cost.train_s),
-    }[objective]
-
-
-def _cheapest(site: Site, candidate: Candidate, objective: Objective) -> Point:
-    return min(_points(site, candidate), key=lambda point: _value(point, objective))
-
-
-def _keeps(point: Point, limits: Limits) -> bool:
-    usd = point.cost.usd
-    return (limits.num_days is None or point.cost.train_s <= limits.num_days * DAY_S) and (limits.usd is None or (usd is not None and usd <= limits.usd))
-
-
-def _exactly(site_of: dict[int, Site], objective: Objective) -> Callable[[Point], Point]:
-    """Prices points by themselves."""
+def _exactly(seen: _Field, objective: Objective) -> Callable[[Point], Point]:
+    """Prices points by themselves, each layout once."""
+    site_of = {id(pool.job): site for site, pool in seen.entries}
 
     def exact(point: Point) -> Point:
-        return _cheapest(site_of[id(point.candidate.job)], exact_candidate(point.candidate), objective)
+        candidate = point.candidate
+        key = (id(candidate.job), id(candidate.grid), candidate.index)
+        if key not in seen.exact:
+            seen.exact[key] = exact_candidate(candidate)
+        return cheapest(site_of[id(candidate.job)], seen.exact[key], objective)
 
     return exact
 
@@ -271,14 +274,13 @@ def _exactly(site_of: dict[int, Site], objective: Objective) -> Callable[[Point]
 def _best(seen: _Field) -> Iterator[Point]:
     """The best points that keep the limits, at most as many as wanted: the best one of each shape."""
     wanted = seen.wanted
-    site_of = {id(pool.job): site for site, pool in seen.entries}
-    points = [_cheapest(site, candidate, wanted.objective) for site, pool in seen.entries for candidate in pool.candidates()]
+    points = [cheapest(site, candidate, wanted.objective) for site, pool in seen.entries for candidate in pool.candidates()]
     if wanted.objective == "cost" and points and all(point.cost.usd is None for point in points):
         raise _no_price("--objective", "cost")
     shown: set[tuple[object, ...]] = set()
-    for point in best_first(points, lambda point: _value(point, wanted.objective), _exactly(site_of, wanted.objective)):
+    for point in best_first(points, lambda point: value_of(point, wanted.objective), _exactly(seen, wanted.objective)):
         shape = _shape(point)
-        if _keeps(point, wanted.limits) and shape not in shown:
+        if keeps(point, wanted.limits) and shape not in shown:
             shown.add(shape)
             yield point
         if len(shown) == wanted.top:
@@ -297,28 +299,21 @@ def _no_price(key: str, value: object) -> InputError:
 
 def _front(seen: _Field) -> list[Point]:
     """Cost against time: no other point is as fast and as cheap; fastest first."""
-    site_of = {id(pool.job): site for site, pool in seen.entries}
     groups = [(site, own) for site, pool in seen.entries for own in pool.fastest.values() if own]
-    bounds = [(_cheapest(site, own[0], "cost"), site, own) for site, own in groups]
+    bounds = [(cheapest(site, own[0], "cost"), site, own) for site, own in groups]
     if bounds and all(bound.cost.usd is None for bound, _, _ in bounds):
         raise _no_price("--pareto", True)
-    bounds.sort(key=lambda each: _value(each[0], "cost"))
+    bounds.sort(key=lambda each: value_of(each[0], "cost"))
     found: list[Point] = []
     for bound, site, own in bounds:
-        if bound.cost.usd is None or _is_beaten(bound, found):
+        if bound.cost.usd is None or is_beaten(bound, found):
             continue
-        points = [_cheapest(site, candidate, "cost") for candidate in own]
-        point = next(best_first(points, lambda each: _value(each, "time"), _exactly(site_of, "cost")))
-        if _keeps(point, seen.wanted.limits):
+        points = [cheapest(site, candidate, "cost") for candidate in own]
+        point = next(best_first(points, lambda each: value_of(each, "time"), _exactly(seen, "cost")))
+        if keeps(point, seen.wanted.limits):
             found.append(point)
-    front = [point for point in found if not _is_beaten(point, [other for other in found if other is not point])]
+    front = [point for point in found if not is_beaten(point, [other for other in found if other is not point])]
     return sorted(front, key=lambda point: point.cost.train_s)
-
-
-def _is_beaten(point: Point, others: Iterable[Point]) -> bool:
-    """Whether another is as fast and as cheap."""
-    usd, train_s = point.cost.usd or math.inf, point.cost.train_s
-    return any((other.cost.usd or math.inf) <= usd and other.cost.train_s <= train_s for other in others)
 
 
 def _request_of(request: Request, point: Point) -> Request:

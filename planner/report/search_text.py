@@ -7,9 +7,10 @@ from typing import Any
 
 from planner.layout import describe_layout
 from planner.plan import Plan
+from planner.points import Point
 from planner.reasons import reasons_of
 from planner.report._numbers import wrapped
-from planner.search import Point, SearchResult
+from planner.search import SearchResult
 from planner.units import DAY_S, format_duration, format_gib, format_usd
 
 __all__ = ["render_search", "search_to_dict"]
@@ -22,6 +23,7 @@ def search_to_dict(found: SearchResult) -> dict[str, Any]:
         "schema_version": 1,
         "objective": found.wanted.objective,
         "counts": {"enumerated": counts.enumerated, "legal": counts.legal, "priced": counts.priced, "fits": counts.fits},
+        "jobs": {"in_all": found.num_jobs, "cannot_be_better": found.num_pruned},
         "elapsed_s": found.elapsed_s,
         "rejects": found.rejects,
         "results": [{"rank": rank + 1, **_result(plan, found.plans[0])} for rank, plan in enumerate(found.plans)],
@@ -87,6 +89,8 @@ def _looked_at(found: SearchResult, width: int) -> list[str]:
         f"Least {found.wanted.objective}, of {counts.priced:,} legal layouts priced in {found.elapsed_s:.1f} s ({counts.enumerated:,} enumerated); "
         f"{counts.fits:,} fit."
     )
+    if found.num_pruned:
+        text += f" {found.num_pruned} of {found.num_jobs} machines and policies could not be better even if they never had to wait."
     reasons = ", ".join(f"{name.removeprefix('layout.')} {count:,}" for name, count in found.rejects.items())
     return [*wrapped(text, width), *(wrapped(f"Out: {reasons}.", width) if reasons else [])]
 

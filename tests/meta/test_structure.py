@@ -30,7 +30,7 @@ LEVELS: dict[str, int] = {
     "estimate": 8,
     **dict.fromkeys(("listing", "explain", "explanations", "compare", "peaks", "remedies", "validation", "calibration", "measurements", "report"), 9),
     **dict.fromkeys(("exporters", "importers", "fitting", "cases", "stack_fits", "measured_models", "measured_requests", "summaries"), 9),
-    **dict.fromkeys(("measured_values", "ranking", "step_trace", "hardware_options", "reasons", "search"), 9),
+    **dict.fromkeys(("measured_values", "ranking", "step_trace", "hardware_options", "points", "reasons", "search"), 9),
     **dict.fromkeys(("cli", "cli_export", "cli_options", "cli_calibrate", "cli_search", "cli_trace", "__main__"), 10),
 }  # fmt: skip
 """What a file may import: its own level and below. A new file needs a place in this list."""

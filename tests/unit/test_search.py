@@ -17,8 +17,9 @@ from planner.errors import InputError
 from planner.hardware_options import Hardware, list_sites
 from planner.layout_space import layout_space
 from planner.plan import Plan, Request
+from planner.points import Limits
 from planner.resolve import resolve
-from planner.search import Limits, Wanted, search
+from planner.search import Wanted, search
 from planner.units import DAY_S
 
 SMALL = {"model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
