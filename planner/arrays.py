@@ -15,12 +15,12 @@ def pick(condition: Array, then: Array, otherwise: Array) -> Array:
     """`np.where`, but where one condition holds for all, that branch as it is: no wider than it was.
 
     Example:
-        >>> pick(np.bool_(False), np.zeros((4, 4)), 1.0)
+        >>> pick(np.zeros((2, 2), bool), np.zeros((4, 4)), 1.0)
         1.0
     """
-    if np.ndim(condition):
-        return np.where(condition, then, otherwise)
-    return then if condition else otherwise
+    if not np.any(condition):
+        return otherwise
+    return then if np.all(condition) else np.where(condition, then, otherwise)
 
 
 def times(amount: Array, factor: Array) -> Array:
@@ -53,6 +53,6 @@ def both(one: Array, other: Array) -> Array:
         >>> both(False, np.ones((2, 2), bool))
         False
     """
-    if (not np.ndim(one) and not one) or (not np.ndim(other) and not other):
+    if not np.any(one) or not np.any(other):
         return False
     return np.asarray(one, bool) & np.asarray(other, bool)

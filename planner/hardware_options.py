@@ -47,7 +47,7 @@ class Rental:
     cluster: Cluster
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
     """Rentals with the same device, nodes and links: one cluster for each number of devices, and all the prices that it is let for."""
 

@@ -3,10 +3,11 @@
     shards [W, 1, 1, 1]      tp, cp, ep: what one device sees of the model
     batches [1, B, 1, 1]     micro_batch_size, sequence_parallel
     sizes [W, 1, N, 1]       devices, and so dp
-    replicas [W, 1, N, R]    dp_replicate, and so dp_shard
+    replicas [W, 1, N, R]    dp_replicate, and so dp_shard; zero_stage, [R]
 
 A cost that depends on some axes only is computed once along the others: numpy's broadcasting sees to it, and the cost functions are the
-very ones that price a single layout. Pipelines (pp, num_virtual_stages, schedule) and ZeRO stages have a grid each.
+very ones that price a single layout. Pipelines (pp, num_virtual_stages, schedule) have a grid each, and so have ZeRO stages that differ in more than
+the optimizer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["Axes", "LayoutGrid", "make_grid", "pipeline_of", "without_unused"]
 
 AXES_OF = {
     "tp": (0,), "cp": (0,), "ep": (0,), "micro_batch_size": (1,), "sequence_parallel": (1,),
-    "dp_replicate": (0, 2, 3), "dp_shard": (0, 2, 3), "dp_in_all": (0, 2),
+    "dp_replicate": (0, 2, 3), "dp_shard": (0, 2, 3), "dp_in_all": (0, 2), "zero_stage": (3,),
 }  # fmt: skip
 """The axes along which a degree of a grid differs."""
 
@@ -48,7 +49,7 @@ class Axes:
 
 @dataclass(frozen=True, eq=False)
 class LayoutGrid:
-    """The layouts of one pipeline and one ZeRO stage."""
+    """The layouts of one pipeline."""
 
     layouts: LayoutArrays
     legal: np.ndarray
@@ -70,7 +71,7 @@ class LayoutGrid:
         at = np.unravel_index(index, self.shape)
         degrees = {name: np.broadcast_to(getattr(self.layouts, name), self.shape)[at].item() for name in AXES_OF if name != "dp_in_all"}
         degrees = {name: value if name == "sequence_parallel" else int(value) for name, value in degrees.items()}
-        names = ("pp", "num_virtual_stages", "schedule", "zero_stage")
+        names = ("pp", "num_virtual_stages", "schedule")
         return Layout(**degrees, **{name: getattr(self.layouts, name) for name in names})
 
     def take(self, *at: np.ndarray | slice) -> LayoutGrid:
@@ -84,15 +85,17 @@ class LayoutGrid:
         return replace(self, layouts=replace(self.layouts, **arrays), legal=legal, num_devices=num_devices)
 
 
-def make_grid(facts: Facts, axes: Axes, pipeline: tuple[int, int, str], zero_stage: int) -> LayoutGrid:
-    """The grid of a pipeline (pp, num_virtual_stages, schedule) and a ZeRO stage; `facts.num_devices` counts for nothing."""
+def make_grid(facts: Facts, axes: Axes, pipeline: tuple[int, int, str], zero_stages: Sequence[int]) -> LayoutGrid:
+    """The grid of a pipeline (pp, num_virtual_stages, schedule) and some ZeRO stages; `facts.num_devices` counts for nothing."""
     pp, num_virtual_stages, schedule = pipeline
     tp, cp, ep = (row[:, None, None, None] for row in axes.shards)
     micro_batch_size, sequence_parallel = (row[None, :, None, None] for row in axes.batches)
     inner = pp * tp * cp
     # Not rounded where it is no whole number, so that every degree is a product of one factor per axis.
     dp = axes.num_devices[None, None, :, None] / inner
-    dp_replicate = dp if zero_stage == 0 else axes.replicas[None, None, None, :] * np.ones(dp.shape)
+    some = axes.replicas[None, None, None, :] * np.ones(dp.shape)
+    dp_replicate = np.concatenate([dp if zero == 0 else some for zero in zero_stages], axis=3)
+    zero_stage = np.concatenate([np.full(1 if zero == 0 else len(axes.replicas), zero) for zero in zero_stages])[None, None, None, :]
     dp_shard = dp / dp_replicate
     exists = (dp % 1 == 0) & (dp_shard % 1 == 0)
     if axes.dp_shard is not None:
@@ -127,8 +130,8 @@ def without_unused(grids: Sequence[LayoutGrid]) -> list[LayoutGrid]:
 
 
 def pipeline_of(grid: LayoutGrid) -> tuple[int, int]:
-    """(pp, zero_stage): what grids must share to have the same messages of data parallelism."""
-    return grid.layouts.pp, grid.layouts.zero_stage
+    """(pp, largest ZeRO stage): what grids must share to have the same messages of data parallelism."""
+    return grid.layouts.pp, int(grid.layouts.zero_stage.max())
 
 
 def _used(grids: Sequence[LayoutGrid], axis: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 
 from planner.errors import InputError
 from planner.layout import Layout, LayoutArrays, PartialLayout
-from planner.layout_grid import Axes, LayoutGrid, make_grid, without_unused
+from planner.layout_grid import Axes, LayoutGrid, make_grid, pipeline_of, without_unused
 from planner.layout_rules import check_layout
 from planner.resolve import Job
 from planner.schedules import SCHEDULES
@@ -58,9 +58,11 @@ def layout_space(job: Job, given: PartialLayout, device_counts: Sequence[int] | 
     counts = sorted(set(device_counts or [job.cluster.num_devices]))
     axes = Axes(_shards(job, given, counts), _batches(job, given), np.array(counts), _replicas(given, counts), given.dp_shard)
     grids = [
-        make_grid(job.facts, axes, pipeline, zero) for pipeline in _pipelines(job, given, counts) for zero in _zero_stages(job, given, pipeline[0])
+        make_grid(job.facts, axes, pipeline, stages)
+        for pipeline in _pipelines(job, given, counts)
+        for stages in _zero_stages(job, given, pipeline[0])
     ]
-    grids.sort(key=lambda grid: (grid.layouts.pp, grid.layouts.zero_stage))
+    grids.sort(key=pipeline_of)
     refused: dict[str, int] = {}
     for grid in grids:
         for rule, count in grid.refused.items():
@@ -108,11 +110,15 @@ def _replicas(given: PartialLayout, counts: Sequence[int]) -> np.ndarray:
     return np.array([given.dp_replicate] if given.dp_replicate is not None else _divisors(counts, max(counts)))
 
 
-def _zero_stages(job: Job, given: PartialLayout, pp: int) -> list[int]:
-    if given.zero_stage is not None:
-        return [given.zero_stage]
+def _zero_stages(job: Job, given: PartialLayout, pp: int) -> list[list[int]]:
+    """The ZeRO stages to try; in one list those that differ in what becomes of the optimizer alone."""
     in_pipelines = job.stack.zero_stages_in_pipelines
-    return list(job.stack.zero_stages if pp == 1 or in_pipelines is None else in_pipelines)
+    tried = job.stack.zero_stages if pp == 1 or in_pipelines is None else in_pipelines
+    stages: list[int] = [given.zero_stage] if given.zero_stage is not None else list(tried)
+    if job.stack.weight_storage == "fp32_in_place":
+        return [[stage] for stage in stages]
+    alike = [stage for stage in stages if stage < 2]
+    return [*([alike] if alike else []), *([stage] for stage in stages if stage >= 2)]
 
 
 def _pipelines(job: Job, given: PartialLayout, counts: Sequence[int]) -> list[tuple[int, int, str]]:

@@ -120,7 +120,7 @@ def peak_memory(graph: StepGraph, stack: StackSpec, parts: Sequence[PartMemory] 
 
 def _where(instant: Instant) -> Array:
     """Bytes at one instant; nothing where it does not come."""
-    if not np.any(instant.where):
+    if not instant.comes:
         return np.zeros(1)
     total = total_of(_values(instant.terms))
     return total if np.all(instant.where) else np.where(instant.where, total, 0.0)

@@ -20,7 +20,7 @@ import numpy as np
 from planner.files import DATA_DIR, read_text
 from planner.graph import StepGraph
 from planner.hardware import Cluster
-from planner.layout import Layout
+from planner.layout import Layout, LayoutArrays
 
 __all__ = ["FEATURES", "KnownRun", "NearbyRuns", "features_of", "load_nearby", "make_nearby", "run_noise"]
 
@@ -123,6 +123,12 @@ class NearbyRuns:
         weights, heard = self._heard(graph, cluster, software_year)
         if not heard.any():
             return np.zeros(1)
+        layout = graph.layout
+        stages = np.unique(layout.zero_stage)
+        if isinstance(layout, LayoutArrays) and len(stages) > 1:  # few, along an axis that is long
+            graphs = [replace(graph, layout=replace(layout, zero_stage=stage)) for stage in stages]
+            found = np.concatenate([self.log_ratio_over(one, cluster, software_year) for one in graphs], axis=-1)
+            return np.asarray(np.take(found, np.searchsorted(stages, np.ravel(layout.zero_stage)), axis=-1))
         runs = self.places[np.ix_(heard, _IS_OF_LAYOUT)]
         middle = runs.mean(axis=0)  # measured from there, nothing that is raised to a power is large
         runs = runs - middle

@@ -17,7 +17,7 @@ from planner.errors import InputError
 from planner.estimate import estimate
 from planner.hardware_options import Hardware, Site, list_sites
 from planner.layout import PartialLayout
-from planner.layout_space import all_shards, layout_space
+from planner.layout_space import LayoutSpace, all_shards, layout_space
 from planner.plan import Plan, Request
 from planner.points import OBJECTIVES, Limits, Objective, Point, cheapest, is_beaten, keeps, price_run, value_of
 from planner.pricing import least_device_s
@@ -86,6 +86,7 @@ class _Field:
     entries: list[tuple[Site, Pool]] = field(default_factory=list)
     exact: dict[tuple[int, int, int], Candidate] = field(default_factory=dict)
     """Layouts that were priced by themselves."""
+    spaces: dict[Site, LayoutSpace] = field(default_factory=dict)
     num_pruned: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -239,7 +240,9 @@ def _may_be_better(each: _Job, seen: _Field) -> bool:
 
 def _scan(site: Site, job: Job, given: PartialLayout, seen: _Field) -> None:
     """All layouts of a job on a site."""
-    space = layout_space(job, given, site.device_counts)
+    if site not in seen.spaces:  # policies have the same layouts
+        seen.spaces[site] = layout_space(job, given, site.device_counts)
+    space = seen.spaces[site]
     seen.counts.add_space(space)
     pool = Pool(job, 64 * seen.wanted.top)
     scan_space(job, space, seen.counts, [(site.first.cluster.accelerator.memory_bytes, pool)], _step_limits(job, site, seen.wanted.limits))

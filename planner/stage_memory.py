@@ -43,11 +43,19 @@ class Instant(NamedTuple):
     where: Array
     terms: Terms
 
+    @property
+    def comes(self) -> bool:
+        """Whether it comes to any stage."""
+        return bool(np.any(self.where))
+
     def masked(self) -> Terms:
         """Nothing where the instant does not come."""
-        if not np.any(self.where):
+        if not self.comes:
             return {}
         return {part: {name: np.atleast_1d(np.where(self.where, value, 0.0)) for name, value in found.items()} for part, found in self.terms.items()}
+
+
+NEVER = Instant(np.False_, {})
 
 
 class StageMemory:
@@ -153,13 +161,16 @@ class StageMemory:
     def at_head(self) -> Instant:
         """FSDP copies the head's gradients into the buffer that leaves."""
         head = self.ends[1]
+        where = head.is_there & self.leaves & ~np.asarray(self.graph.model.tie_word_embeddings)
+        if not np.any(where):
+            return NEVER
         moving = self.sharding.gathered + self.sharding.unreduced + self.sharding.leaving
         terms = {
             **self._in_backward(self.in_flight, self.there),
             "activations": {"kept by the forward pass": self.activations * self.in_flight - head.kept},
             "gathered_weights": {**self._whole(self.there_summed), "of the head, and its gradients that leave": head.params * moving},
         }
-        return Instant(head.is_there & self.leaves & ~np.asarray(self.graph.model.tie_word_embeddings), terms)
+        return Instant(where, terms)
 
     def _in_backward(self, in_flight: Array, there: Array) -> Terms:
         """Beside activations."""
@@ -221,12 +232,17 @@ class StageMemory:
 
     def in_next_blocks(self) -> Instant:
         """One microbatch is done, and gradients are there."""
+        where = self.has_next & self.is_late
+        if not np.any(where):
+            return NEVER
         all_there = np.ones_like(self.there)
         found = self._block(self.most_with_all, all_there, all_there, 0.0, self.block.own_params)
-        return Instant(self.has_next & self.is_late, found)
+        return Instant(where, found)
 
     def in_last_block(self) -> Instant:
         """Of the first microbatch: all its other blocks are done, and their gradients there."""
+        if not np.any(self.there == 0):
+            return NEVER
         first, others = self.ends[0], np.maximum(self.in_flight - 1, 0)
         found = self._block(self.in_flight, 0.0 * self.there, 0.0 * self.there, 0.0, self.block.own_params)
         not_made = first.params + self.block.params
@@ -242,6 +258,8 @@ class StageMemory:
 
     def at_reduce(self) -> Instant:
         """FSDP copies a block's gradients into the buffer that leaves."""
+        if not np.any(self.leaves):
+            return NEVER
         found = self._in_backward(self.in_flight, self.there)
         done = self.activations * self.in_flight - self.ends[1].kept - self.block.kept - self.block.later
         unit = np.maximum(self.block.own_params, self.block.params - self.block.own_params)
