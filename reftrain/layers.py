@@ -32,24 +32,35 @@ class Linear(nn.Module):
 
     axes: Axes = SINGLE
     split: Split = "none"
+    weight: nn.Parameter
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.adapter: nn.Module | None = None
+        """LoRA's addition, see `reftrain.lora`."""
+        self.narrow: nn.Module | None = None
+        """The weight in four bits, in place of the other one."""
+
+    def _adapted(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if self.adapter is None else self.adapter(x, y, self.split)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        if self.narrow is not None:
+            return self._adapted(x, self.narrow(x, self.bias))
         if self.split in ("none", "inside"):
             hold = self.axes.whole if self.split == "none" else self.axes.split_whole
             weight, bias = hold(self.weight), None if self.bias is None else hold(self.bias)
-            return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return self._adapted(x, functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
         weight = local(self.weight).to(x.dtype)
         if self.split == "column":
-            return functional.linear(x, weight, None if self.bias is None else local(self.bias).to(x.dtype))
+            return self._adapted(x, functional.linear(x, weight, None if self.bias is None else local(self.bias).to(x.dtype)))
         with not_kept():
             share = functional.linear(x, weight)
-        y = self.axes.leave(share)
+        y = self.axes.leave(self._adapted(x, share))
         return y if self.bias is None else y + self.axes.whole(self.bias).to(y.dtype)
 
 
