@@ -23,7 +23,7 @@ from reftrain.examples import ExampleRows, lay_out, read_examples, split_off
 from reftrain.parallel import Ranks
 from reftrain.tokenizer import Tokenizer
 
-__all__ = ["ExampleBatches", "find_tokenizer", "open_examples", "remember_examples"]
+__all__ = ["ExampleBatches", "beside_weights", "find_tokenizer", "open_examples", "remember_examples"]
 
 FILE = "examples.json"
 
@@ -119,14 +119,14 @@ def find_tokenizer(config: RunConfig) -> Path:
     training = config.training
     if training.tokenizer:
         return Path(training.tokenizer)
-    for folder in _beside_weights(Path(training.init_from)) if training.init_from else ():
+    for folder in beside_weights(Path(training.init_from)) if training.init_from else ():
         if (folder / "tokenizer.json").is_file():
             return folder / "tokenizer.json"
     rule = f"no tokenizer.json lies beside the weights ({training.init_from or 'and none are named'})"
     raise InputError.single("training.tokenizer", None, rule, "name one: --tokenizer FILE")
 
 
-def _beside_weights(source: Path) -> Iterator[Path]:
+def beside_weights(source: Path) -> Iterator[Path]:
     """The folder of weights; of a run, also its data's."""
     yield source
     run = next((folder for folder in (source, *source.parents[:2]) if (folder / "plan.yaml").is_file()), None)

@@ -117,7 +117,7 @@ def split_off(examples: Sequence[Example], fraction: float) -> tuple[list[Exampl
 
     Example:
         >>> [len(part) for part in split_off([Example(f"{i}", "") for i in range(100)], 0.2)]
-        [77, 23]
+        [86, 14]
     """
     parts: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:

@@ -23,7 +23,7 @@ from reftrain.model import Transformer
 from reftrain.moe import Mixture
 from reftrain.nf4 import NarrowWeight
 
-__all__ = ["Adapter", "adapted_layers", "add_adapters", "merged", "narrow_frozen", "without_adapters"]
+__all__ = ["Adapter", "adapted_layers", "add_adapters", "merged", "narrow_frozen", "round_frozen", "without_adapters"]
 
 NEVER = ("router.gate", "shared_gate")
 """Linear layers of blocks that decide where tokens go; the planner prices none for them either."""
@@ -88,10 +88,23 @@ def add_adapters(model: Transformer, options: AdapterOptions, frozen_dtype: torc
 
 def narrow_frozen(model: Transformer, frozen_format: str) -> None:
     """Stores the blocks' frozen matrices in 4 bits, once their values are there; a second call finds nothing to do."""
-    for name, module in model.blocks.named_modules():
-        if isinstance(module, Linear) and not name.endswith(NEVER) and module.narrow is None:
+    for module in _frozen_layers(model):
+        if module.narrow is None:
             module.narrow = NarrowWeight(module.weight, is_double=frozen_format == "nf4_double")
             del module.weight
+
+
+@torch.no_grad()
+def round_frozen(model: Transformer, frozen_format: str) -> None:
+    """The same values, stored as they were: what adapters were trained on is what they are merged into."""
+    for module in _frozen_layers(model):
+        module.weight.copy_(NarrowWeight(module.weight, is_double=frozen_format == "nf4_double").whole(module.weight.dtype))
+
+
+def _frozen_layers(model: Transformer) -> Iterator[Linear]:
+    for name, module in model.blocks.named_modules():
+        if isinstance(module, Linear) and not name.endswith(NEVER):
+            yield module
 
 
 def without_adapters(name: str) -> bool:

@@ -64,7 +64,7 @@ class NarrowWeight(nn.Module):
         self.scales = (groups / self.scales_top * 127).round().to(torch.int8).flatten()[: len(scales)].clone()
 
     def _wide_scales(self) -> Tensor:
-        if self.scales_top is None:
+        if self.scales_top is None or self.scales_mean is None:
             return self.scales
         groups = functional.pad(self.scales, (0, -len(self.scales) % SCALES_BLOCK)).view(-1, SCALES_BLOCK)
         return (groups.float() / 127 * self.scales_top).flatten()[: len(self.scales)] + self.scales_mean

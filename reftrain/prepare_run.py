@@ -66,8 +66,16 @@ def prepare_folder(config: RunConfig, out: Path, resume: bool) -> None:
 
 
 def prepare_data(config: RunConfig, out: Path) -> str:
-    """The folder of token shards (or `synthetic`). The shipped corpus is tokenized once, into the run's folder."""
-    data = config.training.data
+    """The folder of token shards (or `synthetic`, or a file of examples). The shipped corpus is tokenized once, into the run's folder.
+
+    Raises:
+        InputError: a job that needs weights to start from and has none, data that cannot be read or has changed.
+    """
+    data, job = config.training.data, config.workload.job
+    if job != "pretrain" and config.training.init_from is None and data != "synthetic":
+        rule = f"job: {job} needs weights to start from, and training.init_from names none"
+        fix = "python -m reftrain finetune PLAN.yaml --from RUN_DIR --data FILE.jsonl; or data: synthetic, to measure alone"
+        raise InputError.single("workload.job", job, rule, fix)
     if config.has_examples:
         remember_examples(config, out)
     if data != "corpus":

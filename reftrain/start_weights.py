@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,14 @@ from reftrain.lora import without_adapters
 from reftrain.model import Transformer
 from reftrain.optim import local_squared_norm
 from reftrain.parallel import Ranks
-from reftrain.steps import Engine
 
-__all__ = ["best_checkpoint", "check_digest", "load_start", "model_digest"]
+__all__ = ["best_checkpoint", "check_digest", "load_checkpoint", "load_start", "model_digest"]
 
 DIGEST_TOLERANCE_FRACTION = 1e-6
 """Sums in another order differ by less, other weights by more."""
 
 
-def load_start(engine: Engine, ranks: Ranks, source: str) -> None:
+def load_start(models: Sequence[Transformer], ranks: Ranks, source: str) -> None:
     """Fills the model's own weights, not its adapters.
 
     Args:
@@ -38,14 +38,14 @@ def load_start(engine: Engine, ranks: Ranks, source: str) -> None:
     if (folder / "checkpoints").is_dir():
         folder = best_checkpoint(folder)
     if (folder / MANIFEST).is_file():
-        _load_checkpoint(engine, folder)
+        load_checkpoint(models, folder)
         return
     if ranks.layout.pp > 1:
         rule = "HF-layout weights are not read in parts, as pipeline stages need them"
         raise InputError.single("training.init_from", source, rule, "use pp: 1, or start from a checkpoint")
     from reftrain.hf_weights import load_weights
 
-    load_weights(engine.models[0], folder)
+    load_weights(models[0], folder)
 
 
 def best_checkpoint(run: Path) -> Path:
@@ -64,16 +64,21 @@ def best_checkpoint(run: Path) -> Path:
 
 
 @torch.no_grad()
-def _load_checkpoint(engine: Engine, folder: Path) -> None:
+def load_checkpoint(models: Sequence[Transformer], folder: Path, *, adapters: bool = False) -> None:
+    """Fills the models' own weights from a checkpoint, or their adapters alone.
+
+    Raises:
+        InputError: damaged, or of another model.
+    """
     store = CheckpointStore(folder.parent)
-    for model in engine.models:
-        state: dict[str, Any] = {name: tensor for name, tensor in get_model_state_dict(model).items() if without_adapters(name)}
+    for model in models:
+        state: dict[str, Any] = {name: tensor for name, tensor in get_model_state_dict(model).items() if without_adapters(name) != adapters}
         # A checkpoint is fp32 and loads in place: into the weights themselves, or through a copy of those that LoRA froze in a narrower format.
         wide = {name: tensor if tensor.dtype == torch.float32 else torch.empty_like(tensor, dtype=torch.float32) for name, tensor in state.items()}
         try:
             store.load(folder, {"model": wide})
         except InputError as error:
-            if "adapter" in str(error) or any("Missing key" in problem.rule for problem in error.problems):
+            if any("Missing key" in problem.rule for problem in error.problems):
                 fix = "start from the weights of this very model; those of a LoRA run after `python -m reftrain export RUN_DIR`"
                 raise InputError.single("training.init_from", str(folder), "must hold all of the model's weights", fix) from None
             raise
@@ -83,7 +88,7 @@ def _load_checkpoint(engine: Engine, folder: Path) -> None:
 
 
 @torch.no_grad()
-def model_digest(models: list[Transformer], ranks: Ranks) -> float:
+def model_digest(models: Sequence[Transformer], ranks: Ranks) -> float:
     """A number that tells frozen weights apart, and does not depend on the layout: the norm of all of them."""
     frozen = (p for model in models for name, p in model.named_parameters() if without_adapters(name))
     square = sum((local_squared_norm([(p, local(p).float())], ranks.stage_size) for p in frozen), torch.zeros((), dtype=torch.float64))

@@ -143,7 +143,7 @@ class Engine:
         self.clear()
         for model in self.models:
             for router in model.routers():
-                router.rebalance(config.training.balance_rate, self.ranks.token_group)
+                router.rebalance(config.training.balance_rate if config.workload.job != "lora" else 0.0, self.ranks.token_group)
         if config.workload.precision == "fp16":
             self.good_steps += 1
             if self.good_steps % SCALE_GROWTH_STEPS == 0:

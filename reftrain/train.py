@@ -172,7 +172,7 @@ class Trainer:
         newest = self.store.newest() if self.options.resume else None
         has_base = self.config.workload.job == "lora" or newest is None
         if self.config.training.init_from and has_base:
-            load_start(self.engine, self.ranks, self.config.training.init_from)
+            load_start(self.engine.models, self.ranks, self.config.training.init_from)
         self.base_digest = model_digest(self.engine.models, self.ranks) if self.config.workload.job == "lora" else None
         self.engine.narrow()
         if facts := self.batches.facts():
