@@ -44,7 +44,7 @@ class NarrowWeight(nn.Module):
         super().__init__()
         self.shape = weight.shape
         flat = weight.detach().float().flatten()
-        blocks = functional.pad(flat, (0, -len(flat) % (2 * BLOCK))).view(-1, BLOCK)
+        blocks = functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
         scales = blocks.abs().amax(dim=1)
         levels = torch.tensor(LEVELS, device=weight.device)
         codes = torch.bucketize(blocks / scales.clamp(min=1e-30).unsqueeze(1), (levels[1:] + levels[:-1]) / 2).to(torch.uint8).view(-1, 2)
