@@ -44,24 +44,34 @@ class Linear(nn.Module):
         self.narrow: nn.Module | None = None
         """The weight in four bits, in place of the other one."""
 
-    def _adapted(self, x: Tensor, y: Tensor) -> Tensor:
-        return y if self.adapter is None else self.adapter(x, y, self.split)
-
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        # An adapter goes first: then a block that is made again for its backward pass can stop before its last large matmul.
+        start = None if self.adapter is None else self.adapter(x, self.split)
         if self.narrow is not None:
-            return self._adapted(x, self.narrow(x, self.bias))
+            return _sum(_sum(self.narrow(x), start), None if self.bias is None else self.bias.to(x.dtype))
         if self.split in ("none", "inside"):
             hold = self.axes.whole if self.split == "none" else self.axes.split_whole
             weight, bias = hold(self.weight), None if self.bias is None else hold(self.bias)
-            return self._adapted(x, functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
+            return _linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), start)
         weight = local(self.weight).to(x.dtype)
         if self.split == "column":
-            return self._adapted(x, functional.linear(x, weight, None if self.bias is None else local(self.bias).to(x.dtype)))
+            return _linear(x, weight, None if self.bias is None else local(self.bias).to(x.dtype), start)
         with not_kept():
-            share = functional.linear(x, weight)
-        y = self.axes.leave(self._adapted(x, share))
+            share = _linear(x, weight, None, start)
+        y = self.axes.leave(share)
         return y if self.bias is None else y + self.axes.whole(self.bias).to(y.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, start: Tensor | None) -> Tensor:
+    """x W^T + b + start, the last added within the matmul."""
+    if start is None:
+        return functional.linear(x, weight, bias)
+    return _sum(torch.addmm(start.flatten(0, -2), x.flatten(0, -2), weight.t()).view_as(start), bias)
+
+
+def _sum(x: Tensor, other: Tensor | None) -> Tensor:
+    return x if other is None else x + other
 
 
 class RmsNorm(nn.Module):

@@ -22,6 +22,7 @@ from reftrain.layers import Linear
 from reftrain.model import Transformer
 from reftrain.moe import Mixture
 from reftrain.nf4 import NarrowWeight
+from reftrain.recompute import not_kept
 
 __all__ = ["Adapter", "adapted_layers", "add_adapters", "merged", "narrow_frozen", "round_frozen", "without_adapters"]
 
@@ -30,9 +31,9 @@ NEVER = ("router.gate", "shared_gate")
 
 
 class Adapter(nn.Module):
-    """y + scale * B A dropout(x). B starts at zero, so that at first nothing is added.
+    """scale * B A dropout(x), to which the layer adds its own product. B starts at zero, so that at first nothing is there.
 
-    Shapes: x [..., in], y [..., out], a [rank, in], b [out, rank]. Under tensor parallelism they are split as the layer is: b by rows beside
+    Shapes: x [..., in] -> [..., out]; a [rank, in], b [out, rank]. Under tensor parallelism they are split as the layer is: b by rows beside
     columns (out/t), a by columns beside rows (in/t); the other one is whole, and its gradient is summed over the ranks.
     """
 
@@ -44,19 +45,15 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(torch.empty(out_features, options.rank))
         self.scale, self.dropout = options.scale, options.dropout
 
-    def forward(self, x: Tensor, y: Tensor, split: str) -> Tensor:
+    def forward(self, x: Tensor, split: str) -> Tensor:
         """See the class."""
         whole = self.axes.whole if split == "none" else self.axes.split_whole
         a = (local if split == "row" else whole)(self.a).to(x.dtype)
         b = (local if split == "column" else whole)(self.b).to(x.dtype)
         x = functional.dropout(x, self.dropout, self.training) if self.dropout else x
-        inner = functional.linear(x, a).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), inner, b.t(), alpha=self.scale).view_as(y)
-
-    @torch.no_grad()
-    def product(self) -> Tensor:
-        """What it adds to the weight, [out, in], of a whole adapter: scale * B A."""
-        return self.scale * (self.b @ self.a)
+        inner = functional.linear(x, a) * self.scale
+        with not_kept():  # a sum needs it, and nothing else
+            return functional.linear(inner, b)
 
 
 def adapted_layers(model: Transformer, targets: Any) -> Iterator[tuple[str, Linear]]:

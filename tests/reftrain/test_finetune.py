@@ -523,5 +523,5 @@ def test_wrong_words_on_the_command_line(folder: Path, base: Path, tmp_path: Pat
 
 def test_run_points_to_finetune_when_a_job_has_nothing_to_start_from(tmp_path: Path) -> None:
     for job in ("finetune", "lora"):
-        with pytest.raises(InputError, match="reftrain finetune PLAN.yaml --from"):
+        with pytest.raises(InputError, match=r"reftrain finetune PLAN\.yaml --from"):
             train(config_of("llama", {"job": job}, data="corpus"), RunOptions(tmp_path / job))
