@@ -21,10 +21,11 @@ __all__ = ["Ladder", "Rung", "Shape", "plan_ladder", "plan_of", "rate_at", "shap
 
 SEQ_LEN, HEAD_DIM = 128, 16
 WIDTHS = range(32, 529, 16)
-TOKENS_PER_PARAM = (8.0, 20.0, 50.0)
-"""Within the 5 to 100 in which laws are fitted (Hoffmann et al., arXiv:2203.15556, has its optimum at 20)."""
+FEWEST_PER_PARAM = 8.0
+MOST_PER_PARAM = (20.0, 30.0, 50.0)
+"""Tokens, of which the time decides; within the 5 to 100 in which laws are fitted. Hoffmann et al. (arXiv:2203.15556) have their optimum at 20."""
 SIZE_FACTOR = 2.0
-"""From one size to the next; with the tokens, compute spans 6.25 * 16 = 100-fold."""
+"""From one size to the next; with the tokens, compute spans 16 * 2.5 = 40-fold or more."""
 LEAST_STEPS = 400
 """Pilots of fewer steps wreck a fit: the warm-up is too much of them."""
 WARMUP_FRACTION = 0.05
@@ -114,9 +115,9 @@ def batch_tokens(flops: float) -> float:
 
     Example:
         >>> round(batch_tokens(1e13))
-        5181
+        5169
     """
-    return 0.29 * flops**0.327
+    return float(0.29 * flops**0.327)
 
 
 def _rung(shape: Shape, params: int, tokens: float, tokens_per_s: float, eval_tokens: int) -> Rung:
@@ -128,16 +129,18 @@ def _rung(shape: Shape, params: int, tokens: float, tokens_per_s: float, eval_to
     return replace(rung, predicted_s=(rung.tokens + eval_tokens / EVAL_SPEEDUP) / tokens_per_s)
 
 
-def _grid(first: int, family: Sequence[tuple[Shape, int]], speed: Callable[[int], float], limits: tuple[int, int]) -> list[list[Rung]] | None:
-    """[size][tokens] of runs whose smallest model is `first`; None where the family or the text ends before they do."""
+def _grid(
+    first: int, most: float, family: Sequence[tuple[Shape, int]], speed: Callable[[int], float], limits: tuple[int, int]
+) -> list[list[Rung]] | None:
+    """[size][tokens] of runs whose smallest model is `first`, up to `most` tokens a parameter; None where family or text end before."""
     unique_tokens, eval_tokens = limits
     rows = []
     for power in range(3):
         shape, params = min(family, key=lambda each: abs(math.log(each[1] / (family[first][1] * SIZE_FACTOR**power))))
-        row = [_rung(shape, params, params * ratio, speed(params), eval_tokens) for ratio in TOKENS_PER_PARAM]
-        if max(rung.tokens for rung in row) > MOST_EPOCHS * unique_tokens:
+        if params * most > MOST_EPOCHS * unique_tokens:
             return None
-        rows.append(row)
+        ratios = (FEWEST_PER_PARAM, math.sqrt(FEWEST_PER_PARAM * most), most)
+        rows.append([_rung(shape, params, params * ratio, speed(params), eval_tokens) for ratio in ratios])
     return rows if len({row[0].params for row in rows}) == len(rows) else None
 
 
@@ -161,23 +164,16 @@ def plan_ladder(budget_s: float, vocab_size: int, unique_tokens: int, eval_token
         InfeasibleError: not even the smallest one fits.
     """
     family = [(shape, shape.params) for shape in shapes(vocab_size)]
-    best: Ladder | None = None
-    least_s = math.inf
-    for first in range(len(family)):
-        rows = _grid(first, family, speed, (unique_tokens, eval_tokens))
-        if rows is None:
-            continue
-        ladder = Ladder(_all_runs(rows), vocab_size, unique_tokens, eval_tokens)
-        least_s = min(least_s, ladder.predicted_s)
-        if ladder.predicted_s <= BUDGET_FRACTION * budget_s:
-            best = ladder
+    grids = (_grid(first, most, family, speed, (unique_tokens, eval_tokens)) for first in range(len(family)) for most in MOST_PER_PARAM)
+    ladders = [Ladder(_all_runs(rows), vocab_size, unique_tokens, eval_tokens) for rows in grids if rows is not None]
+    least_s = min((ladder.predicted_s for ladder in ladders), default=math.inf)
+    affordable = [ladder for ladder in ladders if ladder.predicted_s <= BUDGET_FRACTION * budget_s]
+    best = max(affordable, key=lambda ladder: ladder.predicted_s, default=None)
     if best is None:
-        reason = (
-            f"the smallest ladder takes {least_s / BUDGET_FRACTION / 60:.1f} minutes on this machine" if least_s < math.inf else "too little text"
-        )
-        raise InfeasibleError(
-            f"error: no ladder fits into {budget_s / 60:g} minutes: {reason}\n  fix  raise --minutes, or give more text with --data"
-        )
+        takes = f"the smallest one takes {least_s / BUDGET_FRACTION / 60:.1f} minutes on this machine"
+        reason = takes if least_s < math.inf else f"{unique_tokens:,} tokens of text are too few"
+        fix = "raise --minutes, or give more text with --data"
+        raise InfeasibleError(f"error: no ladder fits into the {budget_s / 60:.1f} minutes that are left: {reason}\n  fix  {fix}")
     return best
 
 
@@ -192,7 +188,7 @@ def rate_at(hidden_size: int, best: Sequence[tuple[int, float]]) -> float:
     if narrow == wide:
         return low
     slope = math.log(high / low) / math.log(wide / narrow)
-    return min(max(high * (hidden_size / wide) ** slope, min(RATES)), max(RATES))
+    return float(min(max(high * (hidden_size / wide) ** slope, min(RATES)), max(RATES)))
 
 
 def plan_of(rung: Rung, ladder: Ladder, data: str, learning_rate: float) -> dict[str, Any]:
