@@ -49,10 +49,12 @@ def plan_finetune(choices: Choices) -> tuple[dict[str, Any], list[str]]:
     """
     plan, is_own = _base(choices)
     workload, training = dict(plan.get("workload") or {}), dict(plan.get("training") or {})
-    workload["job"] = choices.job or (workload.get("job") if workload.get("job") in ("finetune", "lora") else "lora")
+    said = []
+    if choices.job or workload.get("job") not in ("finetune", "lora"):
+        workload["job"] = choices.job or "lora"
+        said += [] if choices.job else ["job lora"]
     if choices.lora_rank is not None:
         workload["lora_rank"] = choices.lora_rank
-    said = [] if choices.job else [f"job {workload['job']}"]
     if not is_own:
         training = {key: value for key, value in training.items() if key not in OWN_KEYS}
         if workload["job"] == "finetune" and "learning_rate" in training:

@@ -212,7 +212,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "workload.frozen_format",
-        lambda f: f.workload.frozen_format != "compute" and f.splits_weights,
+        lambda f: f.workload.frozen_format != "compute" and f.layout.num_devices > 1 and f.splits_weights,
         lambda f: "weights in four bits are whole ones, and this layout splits them",
         "use one device, or plain data parallelism with zero_stage: 0",
     ),
