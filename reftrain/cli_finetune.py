@@ -37,10 +37,11 @@ def finetune(
     max_restarts: Annotated[
         int | None, typer.Option("--max-restarts", metavar="N", help="Of a layout's processes when one dies; default 3.", min=0, max=1000)
     ] = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Write RUN_DIR/finetune.yaml, with its prediction, and stop.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train adapters or all weights on examples; plans the run first, as the planner does."""
-    from planner.files import to_yaml, write_text
+    from planner.files import read_yaml, to_yaml, write_text
     from reftrain.cli_settings import training_changes
     from reftrain.cli_start import start
     from reftrain.config import load_run_config
@@ -49,17 +50,23 @@ def finetune(
 
     if job is not None and job not in JOBS:
         raise InputError.single("--job", job, f"is {' or '.join(JOBS)}", "leave it out for lora")
-    folder = Path(out)
-    file = folder / PLAN
-    if not (resume or is_worker()) or not file.exists():
-        given = {"valid_data": valid, "tokenizer": tokenizer, "patience_evals": patience, "learning_rate": learning_rate}
-        changes = {**training_changes(settings, steps, data), **{key: value for key, value in given.items() if value is not None}}
-        choices = Choices(_path(plan), _path(start_from), job, rank, epochs, changes)  # type: ignore[arg-type]
-        made, said = plan_finetune(choices)
-        _refuse_used(folder, made, resume)
-        write_text(file, to_yaml(made))
-        for text in said:
-            sys.stderr.write(f"chosen: {text}\n")
+    folder, file = Path(out), Path(out) / PLAN
+    if is_worker():
+        rule, fix = "plans a run, and torchrun has started several processes", f"add --plan-only, without torchrun; then torchrun ... run {file}"
+        raise InputError.single("finetune", str(folder), rule, fix)
+    given = {"valid_data": valid, "tokenizer": tokenizer, "patience_evals": patience, "learning_rate": learning_rate}
+    changes = {**training_changes(settings, steps, data), **{key: value for key, value in given.items() if value is not None}}
+    if resume and file.exists() and plan is None and start_from is None:
+        made: dict[str, Any] = read_yaml(file)
+        made["training"] = {**made["training"], **changes}
+    else:
+        made, said = plan_finetune(Choices(_path(plan), _path(start_from), job, rank, epochs, changes))  # type: ignore[arg-type]
+        sys.stderr.write("".join(f"chosen: {text}\n" for text in said))
+    _refuse_used(folder, made, resume)
+    write_text(file, to_yaml(made))
+    if plan_only:
+        sys.stdout.write(f"written: {file}    run it: python -m reftrain run {file} --out {folder}\n")
+        return
     arguments = ["run", str(file), "--out", str(folder), *(["--resume"] if resume else []), *(["--json"] if as_json else [])]
     start(load_run_config(file), folder, arguments, resume=resume, max_restarts=max_restarts, as_json=as_json)
 

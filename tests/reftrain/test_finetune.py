@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,10 @@ from torch.nn import functional
 
 from planner.cli import run_app
 from planner.errors import InputError
-from planner.files import read_yaml
+from planner.files import read_yaml, to_yaml
 from planner.plan import build_request
 from reftrain.cli import app
-from reftrain.config import RunConfig, make_run_config
+from reftrain.config import RunConfig, load_run_config, make_run_config
 from reftrain.dry_run import dry_run
 from reftrain.example_batches import ExampleBatches
 from reftrain.examples import Example, lay_out, read_examples, split_off
@@ -494,6 +495,8 @@ def test_the_command_plans_runs_and_goes_on(folder: Path, base: Path, tmp_path: 
     assert "held-out loss" in said.out
     assert run_command(arguments) == 2
     assert "holds a run already" in capsys.readouterr().err
+    assert run_command([*arguments, "--resume", "--tokenizer", str(folder / "tokenizer.json")]) == 0
+    assert "the run is finished" in capsys.readouterr().err
     assert run_command(["finetune", "--out", str(out), "--resume"]) == 0
     assert "the run is finished" in capsys.readouterr().err
     (folder / "questions.jsonl").rename(folder / "moved.jsonl")
@@ -503,6 +506,22 @@ def test_the_command_plans_runs_and_goes_on(folder: Path, base: Path, tmp_path: 
         assert "another SHA-256" in capsys.readouterr().err
     finally:
         (folder / "moved.jsonl").replace(folder / "questions.jsonl")
+
+
+def test_a_plan_alone_carries_its_prediction(folder: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = {"model": MODEL, "cluster": {"accelerator": "h100", "num_devices": 2}, "layout": {"dp_replicate": 2, "micro_batch_size": 2}}
+    plan |= {"workload": {**LORA, "seq_len": 48, "global_batch_size": 8}, "stack": "reftrain"}
+    (tmp_path / "lora.yaml").write_text(to_yaml(plan))
+    words = ["finetune", str(tmp_path / "lora.yaml"), "--from", str(base), "--data", str(folder / "questions.jsonl"), "--plan-only", "--steps", "5"]
+    assert run_command([*words, "--tokenizer", str(folder / "tokenizer.json"), "--out", str(tmp_path / "run")]) == 0
+    made = load_run_config(tmp_path / "run" / "finetune.yaml")
+    assert made.request.prediction is not None
+    assert made.request.prediction["memory"]["peak_bytes"]["value"] > 0
+    assert (made.num_steps, made.workload.lora_rank, made.training.init_from) == (5, 4, str(base))
+    assert "chosen: job" not in capsys.readouterr().err, "the plan says it"
+    with patch.dict(os.environ, {"WORLD_SIZE": "2"}):
+        assert run_command(words) == 2
+    assert "--plan-only, without torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
