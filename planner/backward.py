@@ -41,7 +41,8 @@ def cast_bytes(cost: OpCost, graph: StepGraph, stack: StackSpec) -> Array:
     precision = graph.precision
     if stack.weight_storage != "fp32_in_place" or not precision.needs_master_weights or cost.gemm is None:
         return 0.0
-    weight = cost.matrix_params + cost.embedding_params + cost.tied_params
+    tied = 0.0 if graph.numerics.lora_rank else cost.tied_params  # frozen weights are kept in that format
+    weight = cost.matrix_params + cost.embedding_params + tied
     return weight * precision.compute_bytes * ~wraps_weights(graph, is_expert=cost.op.is_expert)
 
 

@@ -21,7 +21,7 @@ from planner.op_cost import Numerics, Op, OpCost, Shard
 from planner.precision import Precision
 from planner.schedules import SCHEDULES
 from planner.stack import StackSpec
-from planner.workload import Workload
+from planner.workload import DEFAULT_LORA_RANK, Workload
 
 __all__ = [
     "Part",
@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 Array = Any
-DEFAULT_LORA_RANK = 16
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Linear:
             num_chunks = loss_chunks(rows)
             # Both gradients are made with the loss: that of the weight in fp32, to which every chunk's product is added.
             saved = {"logits": rows * inner * b + weight * 4.0 * (not is_frozen)}
-            workspace = rows / num_chunks * outer * b + weight * b if b < 4 else workspace
+            workspace = rows / num_chunks * outer * b + weight * b * (not is_frozen) if b < 4 else workspace
         return OpCost(
             self,
             matrix_params=adapter + (0.0 if is_embedding else trained),

@@ -29,6 +29,7 @@ __all__ = ["Job", "resolve"]
 
 TOKENS_PER_PARAM = 20
 """Compute-optimal by Chinchilla (arXiv:2203.15556, table 3)."""
+ADAPTED = {"all": "every linear layer", "attention": "attention's linear layers", "query_value": "queries and values"}
 DEFAULT_SEQ_LEN = 8192
 DEFAULT_BATCH_TOKENS = 4 * 2**20
 DEFAULT_FINETUNE_TOKENS = 10e6
@@ -132,7 +133,7 @@ def _fill(request: Request, model: ModelSpec, cluster: Cluster, stack: StackSpec
     job.efficiency.peak_flops_per_s(precision.matmul_rate)
     job.efficiency.peak_flops_per_s(precision.attention_rate)
     if workload.job == "lora":
-        assumptions.append(f"LoRA of rank {job.numerics.lora_rank} on every linear layer of the blocks")
+        assumptions.append(f"LoRA of rank {job.numerics.lora_rank} on {ADAPTED[workload.lora_targets]} of the blocks")
     return job
 
 

@@ -214,8 +214,8 @@ class StageMemory:
         return found
 
     def _tied(self) -> Array:
-        """The head's share of a tied table's gradient waits for the embedding's."""
-        return self.tied * self.sharding.table_gradient
+        """The head's share of a tied table's gradient waits for the embedding's; LoRA trains neither."""
+        return self.tied * self.sharding.table_gradient * (self.graph.numerics.lora_rank == 0)
 
     def in_blocks(self) -> Instant:
         """The head, if there is one, is done."""

@@ -8,7 +8,10 @@ from pydantic import Field, model_validator
 
 from planner.spec import Count, PositiveInt, Spec
 
-__all__ = ["Workload"]
+__all__ = ["DEFAULT_LORA_RANK", "Workload"]
+
+DEFAULT_LORA_RANK = 16
+"""Where `job: lora` names none."""
 
 
 class Workload(Spec):

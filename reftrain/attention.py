@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -42,6 +44,7 @@ class Positions(nn.Module):
         self.is_rotary, self.details = spec.position == "rope", details
         self.axes = SINGLE
         self.seq_len = 0
+        self.documents: Tensor | None = None
 
     def place(self, seq_len: int, device: torch.device, dtype: torch.dtype, axes: Axes = SINGLE) -> None:
         """Tables for sequences of `seq_len` tokens, of which this rank holds its context-parallel slices."""
@@ -55,29 +58,51 @@ class Positions(nn.Module):
             self.cos, self.sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
         self._masks: dict[int, Tensor] = {}
 
+    def within(self, documents: Tensor) -> Positions:
+        """The same where sequences hold several documents, numbered [B, S]: none sees another, and each counts its positions from 0.
+
+        Rotary angles stay as they are: attention sees their differences alone.
+        """
+        found, index = copy(self), torch.arange(documents.shape[1], device=documents.device)
+        begins = torch.ones_like(documents, dtype=torch.bool)
+        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        found.documents, found._masks = documents, {}
+        found.positions = index - torch.where(begins, index, 0).cummax(dim=1).values
+        return found
+
     def rotate(self, x: Tensor) -> Tensor:
         """Turns [B, S, heads, D] by the positions' angles."""
         return rotate(x, self.cos, self.sin)
 
     def mask(self, window: int, is_causal: bool) -> Tensor | None:
-        """What is added to the scores, [S/cp, S]: 0 where a query of this rank sees the key, else -inf; None where is_causal says it.
+        """What is added to the scores, [S/cp, S] or with documents [B, 1, S, S]: 0 where a query of this rank sees the key, else -inf.
+
+        None where is_causal says it.
 
         In the format of the scores: torch would make and keep such a tensor of one of yes and no in every layer.
         """
         is_windowed = 0 < window < self.seq_len
-        if not is_windowed and (self.axes.cp_mesh is None or not is_causal):
+        if not is_windowed and self.documents is None and (self.axes.cp_mesh is None or not is_causal):
             return None
         if window not in self._masks:
-            self._masks[window] = self._make_mask(window if is_windowed else self.seq_len, is_causal)
+            mask = self._make_mask(window if is_windowed else self.seq_len, is_causal)
+            self._masks[window] = mask if self.documents is None else _parted(mask, self.documents)
         return self._masks[window]
 
     def _make_mask(self, window: int, is_causal: bool) -> Tensor:
         """Row by row of a few: distances are eight bytes where the mask has two."""
-        mask = torch.zeros(len(self.positions), len(self.key_positions), dtype=self.dtype, device=self.positions.device)
+        queries = self.positions if self.documents is None else self.key_positions  # documents and cp do not go together
+        mask = torch.zeros(len(queries), len(self.key_positions), dtype=self.dtype, device=queries.device)
         for start in range(0, len(mask), ROWS):
-            distance = self.positions[start : start + ROWS].unsqueeze(1) - self.key_positions
+            distance = queries[start : start + ROWS].unsqueeze(1) - self.key_positions
             mask[start : start + ROWS].masked_fill_((distance >= window) | (distance < (0 if is_causal else 1 - window)), -torch.inf)
         return mask
+
+
+def _parted(mask: Tensor, documents: Tensor) -> Tensor:
+    """A mask [S, S] without sight of other documents, [B, 1, S, S]."""
+    is_other = documents.unsqueeze(2) != documents.unsqueeze(1)
+    return mask.expand(len(documents), -1, -1).masked_fill(is_other, -torch.inf).unsqueeze(1)
 
 
 class _Core(nn.Module):

@@ -16,6 +16,7 @@ from planner.errors import InputError
 from reftrain.attention import cp_positions
 from reftrain.config import RunConfig
 from reftrain.data import SyntheticDataset, TokenDataset
+from reftrain.example_batches import ExampleBatches, open_examples
 from reftrain.kernels import IGNORED
 from reftrain.parallel import Ranks
 
@@ -49,6 +50,13 @@ class Batches:
             found.append(self._to_device(*self._targets(windows, first)))
         return found
 
+    def weights(self, position: int) -> None:
+        """All microbatches count the same."""
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing that the data's own report does not say."""
+        return {}
+
     def _targets(self, windows: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
         """Next tokens for a decoder; for an encoder a fixed number of masked tokens per sample."""
         if self.config.model.is_causal:
@@ -71,8 +79,11 @@ class Batches:
             pair = pair[0][:, mine], pair[1][:, mine]
         return pair[0].to(self.ranks.device, non_blocking=True), pair[1].to(self.ranks.device, non_blocking=True)
 
-    def validation(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Lists of microbatches over held-out text, the same on every rank of a data-parallel replica; each token once, up to eval_tokens."""
+    def validation(self) -> Iterator[tuple[list[tuple[Tensor, Tensor]], None]]:
+        """Lists of microbatches over held-out text, the same on every rank of a data-parallel replica; each token once, up to eval_tokens.
+
+        Beside each their weights, which are all the same.
+        """
         config = self.config
         if self.valid is None:
             return
@@ -86,15 +97,17 @@ class Batches:
                 first = i * rows + (j * layout.dp + self.ranks.dp_rank) * size
                 windows = self.valid.sequences(first, size, config.seq_len, 0, shuffle=False)
                 found.append(self._to_device(*self._targets(windows, first)))
-            yield found
+            yield found, None
 
 
-def open_batches(config: RunConfig, ranks: Ranks, data: str) -> Batches:
-    """The samples of `data`: `synthetic`, or a folder that `reftrain data prepare` wrote.
+def open_batches(config: RunConfig, ranks: Ranks, data: str) -> Batches | ExampleBatches:
+    """The samples of `data`: `synthetic`, a folder that `reftrain data prepare` wrote, or a file of examples.
 
     Raises:
         InputError: no such data, damaged, or with more distinct tokens than the model has.
     """
+    if config.has_examples and data == config.training.data:
+        return open_examples(config, ranks)
     if data == "synthetic":
         source = SyntheticDataset(config.model.vocab_size, config.training.seed)
         return Batches(config, ranks, source, None)

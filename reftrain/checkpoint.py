@@ -90,6 +90,8 @@ class CheckpointStore:
             raise InputError.single("keep", keep, "at least one checkpoint must stay", "keep: 3")
         self.folder = Path(folder)
         self.keep = keep
+        self.pinned: int | None = None
+        """A step whose checkpoint stays, however old."""
         self.problems: list[Problem] = []
         self._on_problem = on_problem or (lambda problem: None)
         self._on_stage = on_stage or (lambda stage: None)
@@ -201,7 +203,8 @@ class CheckpointStore:
         """Deletes what is beyond `keep`, a future that was rolled back, and leftovers; a failure is reported, never raised."""
         complete = self._complete()
         older = [path for s, path in complete if s <= step]
-        for path in older[self.keep :] + [path for s, path in complete if s > step] + self._named("old"):
+        spare = [path for path in older[self.keep :] if self.pinned is None or path.name != f"step-{self.pinned:08d}"]
+        for path in spare + [path for s, path in complete if s > step] + self._named("old"):
             self._discard(path)
 
     def _discard(self, path: Path) -> None:
@@ -303,6 +306,14 @@ class CheckpointStore:
             raise unfit(folder, cause_of(error)) from None
         self._timeline_step = step
         return extra
+
+    def read_extra(self, path: str | Path) -> dict[str, Any]:
+        """The `extra` of a checkpoint alone.
+
+        Raises:
+            InputError: it has none that can be read.
+        """
+        return self._each(lambda: self._read_extra(Path(path)))[self._rank][0]
 
     def _read_extra(self, folder: Path) -> tuple[dict[str, Any], int]:
         """This rank's `extra`, and the step."""

@@ -4,45 +4,30 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from planner.cli import JsonFlag, make_app, run_app
-from planner.errors import InputError, MissingPieceError
+from planner.errors import MissingPieceError
 from reftrain.cli_data import data_app, tokenizer_app
 from reftrain.cli_dry_run import add_commands as add_dry_run
+from reftrain.cli_finetune import add_commands as add_finetune
 from reftrain.cli_loop import add_commands
+from reftrain.cli_settings import training_changes
+from reftrain.cli_start import start
 from reftrain.cli_sweep import add_commands as add_sweep_commands
 
 __all__ = ["app", "main"]
 
 app = make_app("Run a plan as it is, and measure it against its prediction.")
 PlanFile = Annotated[str, typer.Argument(metavar="PLAN.yaml", help="A plan file, as `planner estimate --out` writes it.")]
-PROFILED_STEPS = 3
-"""Of `--profile`, where no `--set profile_steps=N` says otherwise."""
 add_commands(app)
 add_dry_run(app)
+add_finetune(app)
 add_sweep_commands(app)
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
-
-
-def _changes(settings: list[str] | None, steps: int | None, data: str | None, profile: bool) -> dict[str, Any]:
-    """`--set key=value` and the short forms, as keys of `training:`."""
-    from planner.files import parse_yaml
-
-    changes: dict[str, Any] = {"profile_steps": PROFILED_STEPS} if profile else {}
-    for text in settings or []:
-        key, sign, value = text.partition("=")
-        if not sign or not key:
-            raise InputError.single("--set", text, "must be KEY=VALUE", "write e.g. --set learning_rate=3e-4")
-        changes[key.removeprefix("training.")] = parse_yaml(value, "--set")
-    if steps is not None:
-        changes["num_steps"] = steps
-    if data is not None:
-        changes["data"] = data
-    return changes
 
 
 @app.command(epilog="Example: reftrain run plan.yaml --out runs/first --steps 200")
@@ -65,40 +50,15 @@ def run(
     """Train as the plan says; also under torchrun."""
     from reftrain.cli_sweep import tune
     from reftrain.config import load_run_config
-    from reftrain.launch import MAX_RESTARTS, is_restarted, is_worker, launch
-    from reftrain.parallel import default_device
-    from reftrain.prepare_run import check_folder
-    from reftrain.progress import make_progress
-    from reftrain.runnable import check_runnable
-    from reftrain.train import RunOptions, train
 
-    config = load_run_config(plan, _changes(settings, steps, data, profile))
+    config = load_run_config(plan, training_changes(settings, steps, data, profile))
     folder = Path(out) if out else Path(plan).resolve().parent / "runs" / Path(plan).stem
     arguments = [*sys.argv[1:], *(["--out", str(folder)] if out is None else [])]
     if tune_micro_batch:
         tuned = str(tune(config, folder, resume=resume, is_quiet=as_json))
         config = load_run_config(tuned)
         arguments = ["run", tuned, "--out", str(folder), *(["--resume"] if resume else []), *(["--json"] if as_json else [])]
-    if not is_worker() and config.layout.num_devices > 1:
-        check_runnable(config, default_device())  # once, and not by every process
-        check_folder(config, folder, resume)
-        raise typer.Exit(launch(arguments, folder, config.layout.num_devices, MAX_RESTARTS if max_restarts is None else max_restarts))
-    progress, close = make_progress(config, is_quiet=as_json)
-    try:
-        summary = train(config, RunOptions(folder, resume=resume or is_restarted()), progress)
-    finally:
-        close()
-    if summary.values:
-        _report(summary.values, folder, as_json)
-        if not summary.values["is_complete"]:
-            raise typer.Exit(130)
-
-
-def _report(values: dict[str, Any], folder: Path, as_json: bool) -> None:
-    from planner.files import to_json
-    from reftrain.progress import render_summary
-
-    sys.stdout.write(to_json(values) if as_json else render_summary(values, folder))
+    start(config, folder, arguments, resume=resume, max_restarts=max_restarts, as_json=as_json)
 
 
 def main() -> NoReturn:

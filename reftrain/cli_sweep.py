@@ -78,6 +78,21 @@ def sweep(
     raise typer.Exit(130 if is_interrupted else 0 if found.best else 3)
 
 
+def scaling_runs(
+    minutes: Annotated[float, typer.Option(metavar="M", help="What all runs together may take, on this machine.", min=0.5)],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where runs and runs.csv go; the same folder again goes on.")] = "scaling",
+    data: Annotated[str | None, typer.Option(metavar="DIR", help="A folder of `reftrain data prepare`; without it, the shipped corpus.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Plan and make a ladder of small runs, and write what `planner scaling fit` reads."""
+    from planner.files import to_json
+    from reftrain.scaling_runs import render_scaling_runs, run_scaling
+
+    runs = run_scaling(Path(out), minutes, data, _say_aside)
+    sys.stdout.write(to_json(runs.to_dict()) if as_json else render_scaling_runs(runs, Path(out)))
+    raise typer.Exit(130 if runs.is_interrupted else 0)
+
+
 def _sweep_progress(num_runs: int) -> tuple[Callable[[str, int, int], None], Callable[[], None]]:
     """A bar over runs on a terminal, a line per run elsewhere; both on standard error."""
     if not sys.stderr.isatty():
@@ -108,4 +123,5 @@ def add_commands(app: typer.Typer) -> None:
     app.command(epilog="Example: reftrain sweep plan.yaml --grid learning_rate=1e-4,3e-4,1e-3 --grid layout.micro_batch_size=1,2 --out sweeps/lr")(
         sweep
     )
+    app.command(epilog="Example: reftrain scaling-runs --minutes 60 --out scaling")(scaling_runs)
     app.command(hidden=True)(measure_steps)

@@ -17,6 +17,7 @@ from reftrain.measure import WARMUP_STEPS, read_metrics
 
 __all__ = ["Comparison", "Metric", "compare_run", "to_dict"]
 
+ADAPTER_NOTE = "FLOPs: the plan gives the first block's input a gradient, which nothing needs where only adapters are trained"
 FLOPS_TOLERANCE_FRACTION = 0.005
 """FLOPs are counted, not timed: no interval, and next to no error."""
 
@@ -83,7 +84,8 @@ def compare_run(folder: str | Path, tolerance_fraction: float | None = None) -> 
     folder = Path(folder)
     plan, where = read_plan(folder), str(folder / "plan.yaml")
     request, prediction, summary = build_request(plan, where), read_prediction(plan, where), read_summary(folder)
-    metrics = _cost_metrics(prediction, summary)
+    has_adapters = request.workload.job == "lora"
+    metrics = _cost_metrics(prediction, summary, has_adapters)
     if not metrics:
         raise InputError.single("RUN_DIR", str(folder), "the run measured nothing: its first step takes no part", "run it for at least 10 steps")
     steps = [record for record in _read_log(folder) if record.get("kind") == "step"]
@@ -96,7 +98,7 @@ def compare_run(folder: str | Path, tolerance_fraction: float | None = None) -> 
         losses=tuple((record["step"], record["loss"]) for record in steps if isinstance(record["loss"], float)),
         step_s=tuple(record["step_s"] for record in steps if record.get("timed")),
         tolerance_fraction=tolerance_fraction,
-        notes=tuple(_notes(prediction, summary)),
+        notes=(*_notes(prediction, summary), *((ADAPTER_NOTE,) if has_adapters else ())),
     )
 
 
@@ -106,7 +108,7 @@ def _read_log(folder: Path) -> list[dict[str, Any]]:
     return read_metrics(folder / "metrics.jsonl")
 
 
-def _cost_metrics(prediction: Prediction, summary: RunSummary) -> list[Metric]:
+def _cost_metrics(prediction: Prediction, summary: RunSummary, has_adapters: bool) -> list[Metric]:
     """Time, memory and FLOPs, as far as the run was long enough to measure them."""
     step, peak, tokens = prediction.time.step_s, prediction.memory.peak_bytes, summary.tokens_per_step
     metrics = []
@@ -117,7 +119,7 @@ def _cost_metrics(prediction: Prediction, summary: RunSummary) -> list[Metric]:
     if summary.peak_bytes is not None:
         metrics.append(Metric("peak memory", "bytes", peak.value, summary.peak_bytes, peak.low, peak.high))
     if summary.flops_per_step:
-        metrics.append(Metric("FLOPs per step", "FLOP", prediction.flops.counted_per_token * tokens, summary.flops_per_step))
+        metrics.append(Metric("FLOPs per step", "FLOP", prediction.flops.counted_per_token * tokens, summary.flops_per_step, gates=not has_adapters))
     return metrics
 
 

@@ -21,9 +21,9 @@ from planner.layout_rules import Facts, check_layout
 from planner.model_spec import ModelSpec
 from planner.plan import Request, load_plan, spec_to_plain
 from planner.spec import NonNegativeInt, PositiveInt, Spec, build
-from planner.workload import Workload
+from planner.workload import DEFAULT_LORA_RANK, Workload
 
-__all__ = ["Kernels", "ModelDetails", "RunConfig", "Training", "load_run_config", "make_run_config"]
+__all__ = ["AdapterOptions", "Kernels", "ModelDetails", "RunConfig", "Training", "load_run_config", "make_run_config"]
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 DEFAULT_STEPS = 100
@@ -90,13 +90,35 @@ class Kernels:
     recompute: Literal["none", "selective", "full"] = "none"
 
 
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What LoRA's adapters are like."""
+
+    rank: int
+    scale: float
+    """alpha / rank."""
+    dropout: float
+    targets: Literal["all", "attention", "query_value"]
+
+
 class Training(Spec):
     """The keys under `training:`; every one has a default."""
 
     data: str = "corpus"
-    """`corpus` (shipped with the project), `synthetic`, or a folder that `reftrain data prepare` wrote."""
+    """`corpus` (shipped with the project), `synthetic`, a folder that `reftrain data prepare` wrote, or a jsonl file of examples."""
     init_from: str | None = None
-    """Folder with HF-layout safetensors to start from."""
+    """Where the weights come from: a run's folder, one of its checkpoints, or a folder with HF-layout safetensors."""
+    tokenizer: str | None = None
+    """For examples; None: the one beside the weights."""
+    valid_data: str | None = None
+    """Held-out examples; None: `valid_fraction` of the others."""
+    valid_fraction: float = Field(default=0.05, gt=0, lt=1)
+    packing: bool = True
+    """Examples share sequences, none of which sees another; else one a sequence, and the rest of it is empty."""
+    lora_alpha: float | None = Field(default=None, gt=0)
+    """Adapters count alpha / rank; None: twice the rank."""
+    patience_evals: PositiveInt | None = None
+    """So many evaluations without a better one end the run; the best checkpoint stays."""
     num_steps: PositiveInt | None = None
     """Steps of this run; None: workload.tokens over tokens per step."""
     learning_rate: float = Field(default=1e-3, gt=0, le=10)
@@ -184,6 +206,22 @@ class RunConfig:
         return min(max(self.num_steps // 50, 10), self.num_steps // 2)
 
     @property
+    def has_examples(self) -> bool:
+        """Whether it trains on the responses of examples, not on running text."""
+        return self.training.data.endswith((".jsonl", ".jsonl.gz"))
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint with the lowest held-out loss is kept beside the newest ones."""
+        return self.has_examples or self.training.patience_evals is not None
+
+    @property
+    def adapters(self) -> AdapterOptions:
+        """Of `job: lora`."""
+        rank, alpha = self.workload.lora_rank or DEFAULT_LORA_RANK, self.training.lora_alpha
+        return AdapterOptions(rank, 2.0 if alpha is None else alpha / rank, self.workload.lora_dropout, self.workload.lora_targets)
+
+    @property
     def kernels(self) -> Kernels:
         """`auto` means flash attention and chunked loss, as the stack file `reftrain` says."""
         attention, loss = self.workload.attention_kernel, self.workload.loss_kernel
@@ -233,8 +271,8 @@ def _check_workload(workload: Workload, model: ModelSpec, seq_len: int, where: s
     if workload.loss_kernel in ("compiled", "vocab_parallel"):
         fix = "use chunked, fused or unfused"
         problems.append(Problem("workload.loss_kernel", workload.loss_kernel, "reftrain has no Megatron-Core kernels", fix, where))
-    if workload.job == "lora":
-        problems.append(Problem("workload.job", "lora", "`run` trains all weights", "use python -m reftrain finetune", where))
+    if workload.frozen_format == "int8":
+        problems.append(Problem("workload.frozen_format", "int8", "reftrain freezes weights in nf4, nf4_double or compute", "use nf4", where))
     if model.position == "learned" and seq_len > model.max_position_embeddings:
         limit = model.max_position_embeddings
         problems.append(Problem("workload.seq_len", seq_len, f"must not exceed the {limit} learned positions", f"use {limit} or less", where))

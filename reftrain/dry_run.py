@@ -101,6 +101,7 @@ def _simulate(config: RunConfig, stage: int, count: int, rounding_bytes: int, nu
         if is_for_gpu(config):
             stack.enter_context(kernels_of_a_gpu())
         engine = Engine(shorter, ranks)
+        engine.narrow()
         ledger = Ledger(axis_names(ranks), rounding_bytes)
         for part in engine.parts:
             if isinstance(part, DistributedDataParallel):

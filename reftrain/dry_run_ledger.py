@@ -160,7 +160,8 @@ class Ledger(LiveMemory):  # type: ignore[no-untyped-call]
             if held_by.grad is not None:
                 self.mark(held_by.grad, category)
 
-        parameter.register_post_accumulate_grad_hook(told)  # type: ignore[no-untyped-call]
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(told)  # type: ignore[no-untyped-call]
 
     def _follow_forward(self, part: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
         """What a forward pass of `part` leaves behind that has no other use is kept for the backward pass."""

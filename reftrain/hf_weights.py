@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from planner.errors import InputError, Problem
 from planner.model_spec import ModelSpec
-from reftrain.model import Transformer
+from reftrain.lora import merged, without_adapters
+from reftrain.model import Transformer, fill
 
 __all__ = ["from_hf", "load_weights", "save_weights", "to_hf"]
 
@@ -88,6 +89,8 @@ def from_hf(weights: Mapping[str, Tensor], model: Transformer) -> dict[str, Tens
     prefix = "transformer." if spec.family == "gpt2" else "model."
     have = {name if name.startswith((prefix, "lm_head.")) else prefix + name: tensor for name, tensor in weights.items()}
     for name, parameter in model.named_parameters():
+        if not without_adapters(name):
+            continue
         hf_name = _hf_name(name, table)
         tensor = have.get(hf_name)
         used.add(hf_name)
@@ -131,7 +134,10 @@ def load_weights(model: Transformer, folder: str | Path) -> None:
         except Exception as error:  # safetensors' own error types are not public
             reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
             raise InputError.single("init_from", file.name, f"must be a safetensors file ({reason})", "copy the file again", str(file)) from None
-    model.load_state_dict(from_hf(weights, model), strict=False)
+    found = from_hf(weights, model)
+    for name, parameter in model.named_parameters():
+        if name in found:
+            fill(parameter, found[name])
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -151,8 +157,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return [file]
 
 
-def save_weights(model: Transformer, model_config: dict[str, Any], folder: str | Path) -> Path:
+def save_weights(model: Transformer, model_config: dict[str, Any], folder: str | Path, lora_scale: float = 0.0) -> Path:
     """Writes `model.safetensors` and `config.json` that transformers loads; returns the weights' path. Split parameters are gathered.
+
+    Args:
+        lora_scale: alpha / rank of the adapters, if the model has any, which are merged into the weights.
 
     Raises:
         InputError: the family has no HF layout here, or the folder cannot be written.
@@ -163,7 +172,7 @@ def save_weights(model: Transformer, model_config: dict[str, Any], folder: str |
 
     folder = Path(folder)
     state = {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
-    tensors = to_hf({n: p.detach().cpu() for n, p in state.items()}, model.spec)
+    tensors = to_hf(merged({n: p.detach().cpu() for n, p in state.items()}, lora_scale), model.spec)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / ".model.safetensors.partial"

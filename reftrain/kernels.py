@@ -37,7 +37,7 @@ class _RmsNorm(torch.autograd.Function):
         return normed.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
         inverse = inverse.to(x.dtype)
@@ -46,7 +46,7 @@ class _RmsNorm(torch.autograd.Function):
         # d/dx of x / rms: the part along x does not change the output
         along = (both @ weight).unsqueeze_(-1).div_(rows.shape[-1])
         grad_x = (grad * weight).addcmul_(normed, along, value=-1.0).mul_(inverse)
-        return grad_x.view_as(x), both.sum(0), None
+        return grad_x.view_as(x), both.sum(0) if ctx.needs_input_grad[1] else None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -99,8 +99,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = _wide(hidden.dtype)
         total = hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_grad else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if wants_grad and bias is not None else None
+        is_trained = wants_grad and ctx.needs_input_grad[1]  # LoRA freezes the head
+        grad_weight = torch.zeros_like(weight, dtype=wide) if is_trained else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if is_trained and bias is not None else None
         first_class = weight.shape[0] * dist.get_rank(group) if group is not None else 0
         rows = -(-hidden.shape[0] // num_chunks)
         for start in range(0, hidden.shape[0], rows):
@@ -108,14 +109,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.nn.functional.linear(part, weight, bias).to(wide)
             loss, grad = chunk_loss(logits, targets[start : start + rows], first_class, group, wants_grad)
             total += loss
-            if grad is None or grad_hidden is None or grad_weight is None:
+            if grad is None or grad_hidden is None:
                 continue
             grad = grad.div_(num_targets).to(hidden.dtype)
             del logits
             torch.mm(grad, weight, out=grad_hidden[start : start + rows])
-            if grad.dtype == wide:
+            if grad_weight is not None and grad.dtype == wide:
                 torch.addmm(grad_weight, grad.t(), part, out=grad_weight)
-            else:
+            elif grad_weight is not None:
                 grad_weight += grad.t() @ part
             if grad_bias is not None:
                 grad_bias += grad.sum(0)

@@ -32,25 +32,46 @@ class Linear(nn.Module):
 
     axes: Axes = SINGLE
     split: Split = "none"
+    weight: nn.Parameter
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.adapter: nn.Module | None = None
+        """LoRA's addition, see `reftrain.lora`."""
+        self.narrow: nn.Module | None = None
+        """The weight in four bits, in place of the other one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        # An adapter goes first: then a block that is made again for its backward pass can stop before its last large matmul.
+        start = None if self.adapter is None else self.adapter(x, self.split)
+        if self.narrow is not None:
+            return _sum(_sum(self.narrow(x), start), None if self.bias is None else self.bias.to(x.dtype))
         if self.split in ("none", "inside"):
             hold = self.axes.whole if self.split == "none" else self.axes.split_whole
             weight, bias = hold(self.weight), None if self.bias is None else hold(self.bias)
-            return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return _linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), start)
         weight = local(self.weight).to(x.dtype)
         if self.split == "column":
-            return functional.linear(x, weight, None if self.bias is None else local(self.bias).to(x.dtype))
+            return _linear(x, weight, None if self.bias is None else local(self.bias).to(x.dtype), start)
         with not_kept():
-            share = functional.linear(x, weight)
+            share = _linear(x, weight, None, start)
         y = self.axes.leave(share)
         return y if self.bias is None else y + self.axes.whole(self.bias).to(y.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, start: Tensor | None) -> Tensor:
+    """x W^T + b + start, the last added within the matmul."""
+    if start is None:
+        return functional.linear(x, weight, bias)
+    return _sum(torch.addmm(start.flatten(0, -2), x.flatten(0, -2), weight.t()).view_as(start), bias)
+
+
+def _sum(x: Tensor, other: Tensor | None) -> Tensor:
+    return x if other is None else x + other
 
 
 class RmsNorm(nn.Module):

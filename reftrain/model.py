@@ -27,7 +27,7 @@ from reftrain.layers import FeedForward, LayerNorm, Linear, RmsNorm, TokenEmbedd
 from reftrain.moe import Mixture
 from reftrain.recompute import recompute
 
-__all__ = ["Block", "Transformer", "check_supported", "initialize", "parameter_count"]
+__all__ = ["Block", "Transformer", "check_supported", "fill", "initialize", "parameter_count"]
 
 
 def check_supported(spec: ModelSpec) -> None:
@@ -68,7 +68,7 @@ class Embeddings(nn.Module):
         """Shapes: tokens [B, S] -> [B, S or S/t, H]."""
         x = self.token(tokens, dtype)
         if self.position is not None:
-            rows = self.axes.whole(self.position)[self._mine(positions.positions[: tokens.shape[1]])]
+            rows = self.axes.whole(self.position)[self._mine(positions.positions[..., : tokens.shape[1]])]
             x = x + rows.to(dtype)
         if self.kind is not None:  # one segment: every token is of kind 0
             x = x + self.axes.whole(self.kind)[0].to(dtype)
@@ -79,7 +79,7 @@ class Embeddings(nn.Module):
         """With sequence parallelism each tp rank embeds its own slice."""
         if not self.axes.sequence_parallel or self.axes.tp_mesh is None:
             return positions
-        return positions.chunk(self.axes.tp)[self.axes.tp_mesh.get_local_rank()]
+        return positions.chunk(self.axes.tp, dim=-1)[self.axes.tp_mesh.get_local_rank()]
 
 
 class Block(nn.Module):
@@ -193,12 +193,13 @@ class Transformer(nn.Module):
             # A pipeline parts the tied head from the embedding: the last stage has a copy, kept equal by summed gradients.
             self.tied = TokenEmbedding(spec.vocab_size, spec.hidden_size)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """Embedding (on the first stage) and blocks."""
+    def hidden(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Embedding (on the first stage) and blocks; tokens of a document, numbered [B, S], see each other alone."""
+        positions = self.positions if documents is None else self.positions.within(documents)
         if self.embeddings is not None:
-            x = self.embeddings(x, self.positions, self.dtype)
+            x = self.embeddings(x, positions, self.dtype)
         for block in self.blocks.values():
-            x = block(x, self.positions)
+            x = block(x, positions)
         return x
 
     def _tied_table(self) -> Tensor | None:
@@ -212,9 +213,9 @@ class Transformer(nn.Module):
             raise RuntimeError("only the last stage has logits")
         return self.head.logits(self.hidden(tokens), self._tied_table())
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """See the class."""
-        x = self.hidden(x)
+        x = self.hidden(x, documents)
         if self.head is None or targets is None:
             return x
         return torch.stack((self.head(x, targets, self._tied_table()),))
@@ -229,6 +230,15 @@ class Transformer(nn.Module):
     def routers(self) -> Iterator[Any]:
         """The routers of its mixtures."""
         return (m.router for m in self.modules() if isinstance(m, Mixture))
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Copies a whole tensor into a parameter, of which each rank keeps its part."""
+    if isinstance(parameter, DTensor):
+        parameter.copy_(distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None))
+    else:
+        parameter.copy_(whole)
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -249,17 +259,16 @@ def initialize(model: Transformer, seed: int) -> None:
         whole = torch.empty(parameter.shape, dtype=torch.float32)
         if id(parameter) in norms:
             whole.fill_(1.0)
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "adapter.b")):
             whole.zero_()
         else:
             generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big"))
             is_residual = name.endswith(("attention.out.weight", "down.weight", "experts.down"))
             std = model.details.initializer_range / (math.sqrt(2 * model.spec.num_layers) if is_residual else 1.0)
+            if name.endswith("adapter.a"):  # as wide as the uniform distribution of the LoRA authors' code
+                std = 1 / math.sqrt(3 * parameter.shape[1])
             whole.normal_(0.0, std, generator=generator)
-        if isinstance(parameter, DTensor):
-            parameter.copy_(distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None))
-        else:
-            parameter.copy_(whole)
+        fill(parameter, whole)
     for router in model.routers():
         router.bias.zero_()
         router.load.zero_()

@@ -61,7 +61,7 @@ def make_optimizers(parts: Sequence[nn.Module], config: RunConfig) -> list[torch
         InputError: Muon or Adafactor on split matrices.
     """
     training, name = config.training, config.workload.optimizer
-    named = [list(part.named_parameters()) for part in parts]
+    named = [[(n, p) for n, p in part.named_parameters() if p.requires_grad] for part in parts]
     if name in WHOLE_MATRIX and any(isinstance(p, DTensor) for part in named for _, p in part):
         rule = f"{name} works on whole matrices, and this layout splits them"
         raise InputError.single("workload.optimizer", name, rule, "use adamw, or plain data parallelism with zero_stage: 0")

@@ -25,6 +25,7 @@ from planner.layout import Layout, chunk_sizes
 from reftrain.axes import SINGLE, Axes, local
 from reftrain.config import RunConfig
 from reftrain.layers import LayerNorm, Linear, RmsNorm
+from reftrain.lora import Adapter, add_adapters
 from reftrain.model import Transformer, initialize
 from reftrain.moe import Experts, Mixture
 from reftrain.runnable import expert_shards
@@ -164,6 +165,8 @@ def build_model_parts(config: RunConfig, ranks: Ranks) -> list[nn.Module]:
         layers = range(sum(sizes[:chunk]), sum(sizes[: chunk + 1]))
         with torch.device(ranks.device if is_fake else "meta"):
             part = Transformer(config.model, config.details, config.kernels, layers=layers, is_first=chunk == 0, is_last=chunk == num_chunks - 1)
+            if config.workload.job == "lora":
+                add_adapters(part, config.adapters, config.compute_dtype)
         part.dtype = config.compute_dtype
         part.set_axes(ranks.axes)
         _split(part, ranks)
@@ -201,6 +204,10 @@ def _split(model: Transformer, ranks: Ranks) -> None:
             is_router = name.endswith("router.gate")
             module.split = "none" if is_router else "column" if last in COLUMN else "row" if last in ROW else "none"
             _place(module, tp_mesh, {"column": {"weight": 0, "bias": 0}, "row": {"weight": 1}, "none": {}}[module.split])
+            if module.adapter is not None:
+                _place(module.adapter, tp_mesh, {"column": {"b": 0}, "row": {"a": 1}, "none": {}}[module.split])
+        elif isinstance(module, Adapter):
+            continue  # placed with its layer
         elif isinstance(module, (RmsNorm, LayerNorm)):
             module.is_inside = last in ("q_norm", "k_norm") and model.spec.mla is None
             _place(module, tp_mesh, {})
@@ -215,7 +222,8 @@ def _split(model: Transformer, ranks: Ranks) -> None:
 def _place(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         placement = Shard(dims[name]) if name in dims else Replicate()
-        module.register_parameter(name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)))
+        whole = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
 def _shard(model: Transformer, config: RunConfig, ranks: Ranks) -> None:

@@ -17,14 +17,15 @@ from planner.errors import InputError, Problem
 from planner.files import to_yaml, write_text
 from planner.plan import spec_to_plain
 from reftrain.config import RunConfig, load_run_config
+from reftrain.example_batches import remember_examples
 from reftrain.parallel import Ranks
 
 __all__ = ["check_folder", "hold_folder", "on_first_rank", "prepare_data", "prepare_folder"]
 
 LARGEST_VOCAB = 4096
 """Of the tokenizer trained for the shipped corpus; its 14 MB hold too few words for more."""
-SAME_WORKLOAD = ("seq_len", "global_batch_size", "optimizer", "precision")
-SAME_TRAINING = ("data", "seed", "mask_fraction")
+SAME_WORKLOAD = ("seq_len", "global_batch_size", "optimizer", "precision", "job", "lora_rank", "lora_targets", "lora_dropout", "frozen_format")
+SAME_TRAINING = ("data", "seed", "mask_fraction", "valid_data", "valid_fraction", "packing", "lora_alpha", "init_from")
 """With the model, what a checkpoint and its place in the data mean; the layout, rates and the length of the run may change."""
 T = TypeVar("T")
 
@@ -65,8 +66,18 @@ def prepare_folder(config: RunConfig, out: Path, resume: bool) -> None:
 
 
 def prepare_data(config: RunConfig, out: Path) -> str:
-    """The folder of token shards (or `synthetic`). The shipped corpus is tokenized once, into the run's folder."""
-    data = config.training.data
+    """The folder of token shards (or `synthetic`, or a file of examples). The shipped corpus is tokenized once, into the run's folder.
+
+    Raises:
+        InputError: a job that needs weights to start from and has none, data that cannot be read or has changed.
+    """
+    data, job = config.training.data, config.workload.job
+    if job != "pretrain" and config.training.init_from is None and data != "synthetic":
+        rule = f"job: {job} needs weights to start from, and training.init_from names none"
+        fix = "python -m reftrain finetune PLAN.yaml --from RUN_DIR --data FILE.jsonl; or data: synthetic, to measure alone"
+        raise InputError.single("workload.job", job, rule, fix)
+    if config.has_examples:
+        remember_examples(config, out)
     if data != "corpus":
         return data
     folder = out / "data"

@@ -64,7 +64,14 @@ def _describe(record: dict[str, Any]) -> str:
     if kind == "eval":
         bits = f", {record['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in record else ""
         return f"step {record['step']}  held-out loss {record['loss']:.4f}{bits}"
+    if kind == "examples":
+        return "; ".join(_describe_examples(name, record[key]) for name, key in (("examples", "train"), ("held out", "valid")) if key in record)
     return f"step {record.get('step')}  {kind.replace('_', ' ')}"
+
+
+def _describe_examples(name: str, facts: dict[str, Any]) -> str:
+    left_out = f", {facts['too_long']:,} too long" if facts["too_long"] else ""
+    return f"{name}: {facts['examples']:,} in {facts['sequences']:,} sequences, {facts['filled_fraction']:.0%} filled{left_out}"
 
 
 def render_summary(values: dict[str, Any], folder: Path) -> str:

@@ -43,6 +43,11 @@ class Facts:
         return self.config.workload
 
     @property
+    def is_finetune(self) -> bool:
+        """Whether it trains on examples, or adapters."""
+        return self.config.has_examples or self.workload.job == "lora"
+
+    @property
     def stage_size(self) -> int:
         """Processes of one pipeline stage."""
         return self.layout.dp * self.layout.cp * self.layout.tp
@@ -180,6 +185,48 @@ RULES: tuple[Rule, ...] = (
         lambda f: f.workload.precision == "tf32" and f.device.type != "cuda",
         lambda f: f"a {f.device.type} has no TF32",
         "use fp32",
+    ),
+    Rule(
+        "layout.pp",
+        lambda f: f.layout.pp > 1 and f.is_finetune,
+        lambda f: "torch's schedules take every microbatch's loss for as much as any other's, and hold frozen weights' places open",
+        "use dp_replicate, dp_shard or tp for examples and adapters",
+    ),
+    Rule(
+        "layout.cp",
+        lambda f: f.layout.cp > 1 and f.config.has_examples,
+        lambda f: "responses are not even over slices of a sequence",
+        "use dp_replicate, dp_shard or tp",
+    ),
+    Rule(
+        "training.data",
+        lambda f: f.config.has_examples and not f.model.is_causal,
+        lambda f: "an encoder fills gaps and writes no responses",
+        "use a decoder",
+    ),
+    Rule(
+        "layout.tp",
+        lambda f: f.layout.tp > 1 and f.workload.lora_dropout > 0,
+        lambda f: f"dropout would differ between tp ranks, and lora_dropout is {f.workload.lora_dropout:g}",
+        "set lora_dropout: 0, or tp: 1",
+    ),
+    Rule(
+        "workload.frozen_format",
+        lambda f: f.workload.frozen_format != "compute" and f.layout.num_devices > 1 and f.splits_weights,
+        lambda f: "weights in four bits are whole ones, and this layout splits them",
+        "use one device, or plain data parallelism with zero_stage: 0",
+    ),
+    Rule(
+        "training.compile",
+        lambda f: f.config.training.compile and f.workload.job == "lora",
+        lambda f: "adapters were never tried with it",
+        "set compile: false",
+    ),
+    Rule(
+        "training.patience_evals",
+        lambda f: f.config.training.patience_evals is not None and f.config.training.eval_every_steps == 0,
+        lambda f: "counts evaluations, and eval_every_steps is 0: there is only the last",
+        "set eval_every_steps",
     ),
     Rule(
         "workload.precision",

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from reftrain.config import RunConfig
+from reftrain.lora import narrow_frozen
 from reftrain.optim import learning_rate, local_gradients, local_squared_norm, make_optimizers, scale_gradients
 from reftrain.parallel import Ranks, build_model_parts, sum_tied, unwrap
 from reftrain.pipeline import make_pipeline
@@ -58,38 +59,52 @@ class Engine:
         self.pipeline = make_pipeline(config, ranks, self.models) if config.layout.pp > 1 else None
         self.loss_scale = FIRST_SCALE if config.workload.precision == "fp16" else 1.0
         self.good_steps = 0
+        # Frozen weights are where the run started from, and stay there.
+        self._kept = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=config.workload.job == "lora")
         tied = [model.tied.weight for model in self.models if model.tied is not None]
         self._left_out = frozenset(id(weight) for weight in tied)
 
-    def forward_backward(self, microbatches: list[tuple[Tensor, Tensor]], times: StepTimes) -> Tensor:
-        """Accumulates the gradients of the mean loss over `microbatches`; returns that loss (0 off the last pipeline stage)."""
+    def forward_backward(self, microbatches: Sequence[tuple[Tensor, ...]], times: StepTimes, weights: Sequence[float] | None = None) -> Tensor:
+        """Accumulates the gradients of the mean loss over `microbatches`; returns that loss (0 off the last pipeline stage).
+
+        Args:
+            weights: what each microbatch's mean loss counts, where they have unequal numbers of targets; None: all the same.
+        """
         if self.pipeline is not None:
             with times.phase("forward_backward", self.ranks.device):
                 loss = self.pipeline(microbatches)
                 sum_tied(list(self.models), self.ranks)
             return loss
         total = torch.zeros((), device=self.ranks.device)
-        for i, (tokens, targets) in enumerate(microbatches):
+        for i, microbatch in enumerate(microbatches):
+            weight = 1 / len(microbatches) if weights is None else weights[i]
             is_last = i == len(microbatches) - 1
             with self._synchronized(is_last):
                 with times.phase("forward", self.ranks.device):
-                    loss = self.parts[0](tokens, targets)[0] / len(microbatches)
+                    loss = self.parts[0](*microbatch)[0] * weight
                 with times.phase("backward", self.ranks.device):
                     (loss * self.loss_scale).backward()
             total += loss.detach()
         return total
 
     @torch.no_grad()
-    def evaluate(self, microbatches: list[tuple[Tensor, Tensor]]) -> float:
-        """Mean loss over `microbatches` of all ranks, without gradients."""
+    def evaluate(self, microbatches: Sequence[tuple[Tensor, ...]], weights: Sequence[float] | None = None) -> float:
+        """Mean loss over `microbatches` of all ranks, without gradients; `weights` as for `forward_backward`."""
         if self.pipeline is not None:
             total = self.pipeline(microbatches, is_training=False)
         else:
-            total = torch.stack([self.parts[0](tokens, targets)[0] for tokens, targets in microbatches]).mean()
+            losses = torch.stack([self.parts[0](*microbatch)[0] for microbatch in microbatches])
+            total = losses.mean() if weights is None else (losses.nan_to_num() * losses.new_tensor(weights)).sum()  # none of no targets
         mean = total.double() / self.ranks.stage_size
         if self.ranks.world_size > 1:
             dist.all_reduce(mean)
         return float(mean)
+
+    def narrow(self) -> None:
+        """Stores frozen weights as the plan says, once their values are there."""
+        if self.config.workload.frozen_format != "compute":
+            for model in self.models:
+                narrow_frozen(model, self.config.workload.frozen_format)
 
     def _synchronized(self, is_last: bool) -> Any:
         """What crosses ranks after each microbatch: ZeRO-2 and 3 scatter gradients every time, the others once per step."""
@@ -128,7 +143,7 @@ class Engine:
         self.clear()
         for model in self.models:
             for router in model.routers():
-                router.rebalance(config.training.balance_rate, self.ranks.token_group)
+                router.rebalance(config.training.balance_rate if config.workload.job != "lora" else 0.0, self.ranks.token_group)
         if config.workload.precision == "fp16":
             self.good_steps += 1
             if self.good_steps % SCALE_GROWTH_STEPS == 0:
@@ -155,7 +170,7 @@ class Engine:
         model: dict[str, Any] = {}
         optimizer: dict[str, Any] = {}
         for part, own in self._owned():
-            weights, states = get_state_dict(part, own, options=StateDictOptions(flatten_optimizer_state_dict=True))
+            weights, states = get_state_dict(part, own, options=self._kept)
             # A tied table that a pipeline parted has one name in both places, and is saved once.
             model |= _renamed(weights, OWN_TIED, SHARED_TIED)
             optimizer |= _renamed(states, OWN_TIED, SHARED_TIED)
@@ -188,7 +203,7 @@ class Engine:
             mine = {kind: _renamed(values, SHARED_TIED, OWN_TIED) if has_copy else values for kind, values in state.items()}
             set_state_dict(
                 part, own, model_state_dict=mine["model"], optim_state_dict=mine["optimizer"],
-                options=StateDictOptions(flatten_optimizer_state_dict=True, strict=False),
+                options=replace(self._kept, strict=False),
             )  # fmt: skip
 
 

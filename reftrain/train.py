@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from planner.errors import InputError
 from planner.files import parse_json, read_text
-from reftrain.batches import Batches, open_batches
+from reftrain.batches import open_batches
+from reftrain.best import Best
 from reftrain.checkpoint import CheckpointStore
 from reftrain.communication import communication_facts
 from reftrain.config import RunConfig
@@ -34,6 +35,7 @@ from reftrain.parallel import Ranks, end_distributed, start_ranks
 from reftrain.prepare_run import hold_folder, on_first_rank, prepare_data, prepare_folder
 from reftrain.run_log import RunLog
 from reftrain.runnable import check_runnable
+from reftrain.start_weights import check_digest, load_start, model_digest
 from reftrain.steps import Engine, StepTimes
 
 __all__ = ["RunOptions", "train"]
@@ -91,7 +93,8 @@ class Trainer:
         self.config, self.options, self.ranks, self.progress = config, options, ranks, progress
         training = config.training
         self.engine = Engine(config, ranks)
-        self.batches: Batches = open_batches(config, ranks, data)
+        self.batches = open_batches(config, ranks, data)
+        self.best = Best(training.patience_evals)
         self.guard = SpikeGuard(training.spike_sigmas, training.max_skipped_steps, training.max_rollbacks)
         self.store = CheckpointStore(options.out / "checkpoints", training.keep_checkpoints, on_problem=lambda problem: say(f"warning: {problem}"))
         self.looks = Looks(ranks, self.engine, options.out, training.profile_steps)
@@ -108,18 +111,22 @@ class Trainer:
             if finished := self._finished_before():
                 return finished
             training = self.config.training
-            while self.step < self.config.num_steps and not self._agree_to_stop():
+            while not self._is_over() and not self._agree_to_stop():
                 self._one_step()
-                if self.step % training.checkpoint_every_steps == 0:
-                    self._save(block=not training.async_checkpoints)
                 if training.eval_every_steps and self.step % training.eval_every_steps == 0 and self.step < self.config.num_steps:
                     self._evaluate()
+                if self.step % training.checkpoint_every_steps == 0 and self.saved_step != self.step:
+                    self._save(block=not training.async_checkpoints)
             if self.saved_step != self.step:
                 self._save(block=True)
             self.store.wait()
             if self.step >= self.config.num_steps:
                 self._evaluate()
             return self._finish()
+
+    def _is_over(self) -> bool:
+        """All steps done, or no hope of a better one."""
+        return self.step >= self.config.num_steps or self.best.is_over
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -163,6 +170,13 @@ class Trainer:
     def _start(self) -> None:
         """From the newest checkpoint where asked to, else from step 0 with fresh or given weights."""
         newest = self.store.newest() if self.options.resume else None
+        has_base = self.config.workload.job == "lora" or newest is None
+        if self.config.training.init_from and has_base:
+            load_start(self.engine.models, self.ranks, self.config.training.init_from)
+        self.base_digest = model_digest(self.engine.models, self.ranks) if self.config.workload.job == "lora" else None
+        self.engine.narrow()
+        if facts := self.batches.facts():
+            self._write({"kind": "examples", "step": self.step, **facts})
         if newest is not None:
             self._load(newest)
             self._write({"kind": "resumed", "step": self.step, "checkpoint": newest.name})
@@ -172,13 +186,6 @@ class Trainer:
             raise InputError.single("--resume", str(self.store.folder), rule, "put back a copy of one, or start in another folder")
         if self.options.resume and self.ranks.is_first:
             say(f"no checkpoint in {self.options.out} yet: starting from step 0")
-        if self.config.training.init_from:
-            from reftrain.hf_weights import load_weights
-
-            if self.ranks.world_size > 1:
-                rule = "weights are read by one process"
-                raise InputError.single("training.init_from", self.config.training.init_from, rule, "make a checkpoint on one device, then --resume")
-            load_weights(self.engine.models[0], self.config.training.init_from)
         self._save(block=not self.config.training.async_checkpoints)
 
     def _finished_before(self) -> Summary | None:
@@ -186,7 +193,7 @@ class Trainer:
         file = self.options.out / "summary.json"
 
         def read() -> dict[str, Any]:
-            if self.step < self.config.num_steps or not file.is_file():
+            if not self._is_over() or not file.is_file():
                 return {}
             values = parse_json(read_text(file), str(file))
             return values if isinstance(values, dict) and values.get("is_complete") and values.get("num_steps") == self.step else {}
@@ -206,9 +213,9 @@ class Trainer:
         start = time.perf_counter()
         with self.looks.step(number) as times:
             with times.phase("data", device):
-                microbatches = self.batches.microbatches(self.position)
+                microbatches, weights = self.batches.microbatches(self.position), self.batches.weights(self.position)
             with self.looks.work(number, self._tensors):
-                verdict, loss, norm, rate = self._work(microbatches, times)
+                verdict, loss, norm, rate = self._work(microbatches, weights, times)
         step_s = time.perf_counter() - start
         for found in self.looks.records(number):
             self._note(found)
@@ -245,8 +252,8 @@ class Trainer:
     def _troubles(self) -> dict[str, int]:
         return {"num_skipped": self.guard.num_skipped, "num_rollbacks": self.guard.num_rollbacks}
 
-    def _work(self, microbatches: list[tuple[Tensor, Tensor]], times: StepTimes) -> tuple[str, float, float, float]:
-        loss_here = self.engine.forward_backward(microbatches, times)
+    def _work(self, microbatches: Any, weights: list[float] | None, times: StepTimes) -> tuple[str, float, float, float]:
+        loss_here = self.engine.forward_backward(microbatches, times, weights)
         with self.looks.agreeing(self.steps_here):
             loss, norm = self.engine.agree(loss_here)
         # fp16: gradients beyond range with a sound loss mean that the scale is too large; `skip` halves it, and nothing is wrong.
@@ -277,6 +284,7 @@ class Trainer:
         extra = {
             "step": self.step, "position": self.position, "guard": self.guard.state(), "loss_scale": self.engine.loss_scale,
             "good_steps": self.engine.good_steps, "model": self.config.model.name, "seed": self.config.training.seed,
+            "best": self.best.state(), "base_digest": self.base_digest,
         }  # fmt: skip
         if self.log is not None:
             self.log.flush()
@@ -290,6 +298,10 @@ class Trainer:
         self.step, self.position = extra["step"], extra["position"]
         self.saved_step = self.step
         self.guard.load_state(extra["guard"])
+        if "best" in extra:
+            self.best.load_state(extra["best"])
+            self.store.pinned = self.best.step
+        check_digest(self.base_digest, extra.get("base_digest"), path)
         self.engine.loss_scale, self.engine.good_steps = extra["loss_scale"], extra["good_steps"]
 
     @torch.no_grad()
@@ -298,10 +310,10 @@ class Trainer:
         for model in self.engine.models:
             model.eval()
         losses, valid = [], self.batches.valid
-        for microbatches in self.batches.validation():
+        for microbatches, weights in self.batches.validation():
             if self._agree_to_stop():
                 break
-            losses.append(self.engine.evaluate(microbatches))
+            losses.append(self.engine.evaluate(microbatches, weights))
         for model in self.engine.models:
             model.train()
         if losses and valid is not None and not self.stop_signal:
@@ -310,6 +322,9 @@ class Trainer:
             if valid.text_bytes and self.config.model.is_causal:
                 record["bits_per_byte"] = nats / math.log(2) * valid.num_tokens / valid.text_bytes
             self._write(record)
+            if self.config.keeps_best and self.best.judge(self.step, nats):
+                self.store.pinned = self.step
+                self._save(block=True)
 
     def _tensors(self) -> Any:
         """Everything alive between steps: weights, buffers, optimizer states."""
@@ -339,7 +354,8 @@ class Trainer:
             "schema_version": 1, "date": datetime.date.today().isoformat(), "device": device_name(self.ranks.device), "torch": torch.__version__,
             "num_threads": torch.get_num_threads(), "num_devices": self.ranks.world_size, "tokens_per_step": config.tokens_per_step,
             "num_steps": self.step, **self._troubles(),
-            "is_complete": self.step >= config.num_steps and not self.stop_signal, "stop_signal": self.stop_signal,
+            "is_complete": self._is_over() and not self.stop_signal, "stop_signal": self.stop_signal,
+            **({"best": {**self.best.state(), "stopped_early": self.step < config.num_steps}} if self.best.step >= 0 else {}),
         }  # fmt: skip
         newest = {r.get("kind", ""): r for r in records}
         utilization = None
@@ -353,6 +369,8 @@ class Trainer:
             utilization = find_utilization(config, flops, self.ranks.device)
         if "communication" in newest:
             facts["communication"] = communication_facts(newest["communication"]["per_rank"])
+        if "examples" in newest:
+            facts["examples"] = {part: values for part, values in newest["examples"].items() if part in ("train", "valid")}
         if "traced" in newest:
             facts["traces"] = {"num_steps": newest["traced"]["num_steps"]}
         if "eval" in newest:

@@ -246,6 +246,7 @@ class Probe(Trainer):
 
     def run(self) -> Summary:
         """Warm-up and timed steps; `summary.json` on the first rank."""
+        self.engine.narrow()
         with self._saving():
             for _ in range(WARMUP_STEPS + NUM_TIMED_STEPS):
                 self._one_step()

@@ -19,9 +19,10 @@ MODEL = {
 }  # fmt: skip
 
 
-def request(layout: dict[str, Any], num_devices: int, batch: int, **workload: Any) -> Any:
+def request(layout: dict[str, Any], num_devices: int, batch: int, is_tied: bool = False, **workload: Any) -> Any:
     return build_request({
-        "model": MODEL, "stack": "reftrain", "cluster": {"accelerator": "h100", "num_devices": num_devices}, "layout": layout,
+        "model": {**MODEL, "tie_word_embeddings": is_tied}, "stack": "reftrain",
+        "cluster": {"accelerator": "h100", "num_devices": num_devices}, "layout": layout,
         "workload": {"seq_len": SEQ_LEN, "global_batch_size": batch, "tokens": 1e9, **workload},
     })  # fmt: skip
 
@@ -35,6 +36,10 @@ CASES = {
     "tp 4, sequence parallel": ({"tp": 4, "sequence_parallel": True}, 4, 4, {}),
     "ZeRO-2 over 8": ({"dp_shard": 8, "zero_stage": 2}, 8, 16, {}),
     "ZeRO-3 over 8": ({"dp_shard": 8, "zero_stage": 3}, 8, 8, {}),
+    "LoRA": ({}, 1, 4, {"job": "lora"}),
+    "LoRA, queries and values": ({}, 1, 4, {"job": "lora", "lora_targets": "query_value"}),
+    "LoRA, NF4, full recompute": ({}, 1, 4, {"job": "lora", "frozen_format": "nf4", "recompute": "full"}),
+    "LoRA, tied table": ({}, 1, 4, {"job": "lora", "recompute": "full"}),
     "pp 2": ({"pp": 2, "schedule": "1f1b"}, 2, 8, {}),
 }
 """Layout, devices, global batch, workload."""
@@ -46,7 +51,7 @@ def test_every_stage_holds_what_the_planner_says(name: str) -> None:
     from reftrain.dry_run import dry_run
 
     layout, num_devices, batch, workload = CASES[name]
-    asked = request({**layout, "micro_batch_size": 1}, num_devices, batch, **workload)
+    asked = request({**layout, "micro_batch_size": 1}, num_devices, batch, "tied" in name, **workload)
     plan, stack = estimate(asked), load_stack("reftrain")
     for stage in dry_run(make_run_config(asked)).stages:
         parts = plan.memory.stages[stage.stage].breakdown_bytes

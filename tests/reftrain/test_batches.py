@@ -80,7 +80,7 @@ def test_held_out_text_is_read_once_and_in_order(tmp_path):
         write_data(tmp_path / part, num_tokens)
     valid = TokenDataset.open(tmp_path / "valid")
     for dp in (1, 2):
-        lists = [list(batches_of(config_of(tmp_path, dp=dp), rank, tmp_path).validation()) for rank in range(dp)]
+        lists = [[pairs for pairs, _ in batches_of(config_of(tmp_path, dp=dp), rank, tmp_path).validation()] for rank in range(dp)]
         tokens = torch.cat([lists[rank][i][0][0] for i in range(len(lists[0])) for rank in range(dp)]).numpy()
         count = valid.num_sequences(SEQ_LEN) // (2 * dp) * 2 * dp
         np.testing.assert_array_equal(tokens, valid.sequences(0, count, SEQ_LEN, 0, shuffle=False)[:, :-1])

@@ -45,7 +45,8 @@ ALONE = [
     Case("bert", workload={**BF16, **SHORT}), Case("gpt2", workload={**SELECTIVE, **SHORT}),
     Case("windowed", workload={"attention_kernel": "unfused", **SHORT}), Case("neox", workload={**BF16, "loss_kernel": "unfused", **SHORT}),
     Case("latent_direct", workload={**FULL, "global_batch_size": 1}), Case("gqa", workload={"optimizer": "muon"}),
-    Case("llama", workload={"optimizer": "sgd_momentum", "loss_kernel": "fused", **SHORT}),
+    Case("llama", workload={"optimizer": "sgd_momentum", "loss_kernel": "fused", **SHORT}), Case("gqa", workload={**BF16, "job": "lora", **SHORT}),
+    Case("llama", workload={"job": "lora", "lora_targets": "query_value", "frozen_format": "nf4_double", **FULL, **SHORT}),
 ]  # fmt: skip
 MIXTURES = [
     Case("mixtral", workload={**BF16, **SELECTIVE, **SHORT}), Case("qwen_moe", {"micro_batch_size": 2}, SHORT),
@@ -70,6 +71,7 @@ class RealRun:
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.engine, self.batches = config, Engine(config, ranks), open_batches(config, ranks, "synthetic")
+        self.engine.narrow()
 
     def step(self, number: int) -> None:
         """One optimizer step."""
