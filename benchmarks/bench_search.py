@@ -124,14 +124,15 @@ EXPERTS = {
         {"tp": 8, "cp": 16, "pp": 16, "micro_batch_size": 1},
     ),
     "MT-NLG 530B, 2,240 A100 (arXiv:2201.11990, 3.2)": expert(
-        "mt-nlg-530b", "a100-80gb-sxm", 2240, "megatron-2021", {"seq_len": 2048, "global_batch_size": 1920, "recompute": "full"},
+        "megatron-529.6b", "a100-80gb-sxm", 2240, "megatron-2021", {"seq_len": 2048, "global_batch_size": 1920, "recompute": "full"},
         {"tp": 8, "pp": 35, "micro_batch_size": 1},
     ),
     "PaLM 540B, 6,144 TPU v4 (arXiv:2204.02311, section 4)": expert(
         "palm-540b", "tpu-v4", 6144, "maxtext", {"seq_len": 2048, "global_batch_size": 2048, "recompute": "selective"}, {"tp": 12, "pp": 1, "cp": 1},
     ),
     "DeepSeek-V3, 2,048 H800 (arXiv:2412.19437, 3.2)": expert(
-        "deepseek-v3", "h800-80gb-sxm", 2048, "megatron-core", {"seq_len": 4096, "global_batch_size": 15360, "recompute": "selective", "precision": "fp8"},
+        "deepseek-v3", "h800-80gb-sxm", 2048, "megatron-core",
+        {"seq_len": 4096, "global_batch_size": 15360, "recompute": "selective", "precision": "fp8"},
         {"tp": 1, "cp": 1, "pp": 16, "ep": 64, "micro_batch_size": 1},
     ),
 }  # fmt: skip
