@@ -20,6 +20,7 @@ from planner.cli_calibrate import add_commands as add_calibrate_commands
 from planner.cli_export import add_commands as add_export_commands
 from planner.cli_options import JsonFlag, read_request, takes_request
 from planner.cli_search import add_commands as add_search_commands
+from planner.cli_sensitivity import add_commands as add_sensitivity_commands
 from planner.cli_trace import add_commands as add_trace_commands
 from planner.errors import InputError, PlannerError, Problem, nearest
 
@@ -35,6 +36,7 @@ app = make_app("Plan an LLM training run before you pay for it.")
 add_export_commands(app)
 add_calibrate_commands(app)
 add_search_commands(app)
+add_sensitivity_commands(app)
 add_trace_commands(app)
 
 PROGRESS_ROWS = 50
