@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
+from planner.cli_advise import add_commands as add_advise_commands
 from planner.cli_calibrate import add_commands as add_calibrate_commands
 from planner.cli_export import add_commands as add_export_commands
 from planner.cli_options import JsonFlag, read_request, takes_request
@@ -37,6 +38,7 @@ add_export_commands(app)
 add_calibrate_commands(app)
 add_search_commands(app)
 add_sensitivity_commands(app)
+add_advise_commands(app)
 add_trace_commands(app)
 
 PROGRESS_ROWS = 50

@@ -30,8 +30,10 @@ LEVELS: dict[str, int] = {
     "estimate": 8,
     **dict.fromkeys(("listing", "explain", "explanations", "compare", "peaks", "remedies", "validation", "calibration", "measurements", "report"), 9),
     **dict.fromkeys(("exporters", "importers", "fitting", "cases", "stack_fits", "measured_models", "measured_requests", "summaries"), 9),
-    **dict.fromkeys(("measured_values", "ranking", "step_trace", "hardware_options", "points", "reasons", "search", "sensitivity", "sweep"), 9),
-    **dict.fromkeys(("cli", "cli_export", "cli_options", "cli_calibrate", "cli_search", "cli_sensitivity", "cli_trace", "__main__"), 10),
+    **dict.fromkeys(("measured_values", "ranking", "step_trace"), 9),
+    **dict.fromkeys(("hardware_options", "advice", "points", "reasons", "search", "sensitivity", "sweep"), 9),
+    **dict.fromkeys(("cli", "cli_export", "cli_options", "cli_calibrate", "cli_trace", "__main__"), 10),
+    **dict.fromkeys(("cli_advise", "cli_search", "cli_sensitivity"), 10),
 }  # fmt: skip
 """What a file may import: its own level and below. A new file needs a place in this list."""
 BANNED = {"torch", "streamlit", "requests", "httpx", "urllib", "socket", "http", "ftplib", "pickle", "reftrain", "transformers"}
@@ -42,7 +44,8 @@ UNIT_SUFFIX = re.compile(
     r"|per_token_causal|per_device|range|factor|exponent|dropout)\Z"
 )
 DIMENSIONLESS = {
-    "base", "value", "low", "high", "mfu", "hfu", "mfu_causal", "tokens_per_s", "tokens_per_s_per_device", "total", "irreducible", "tokens", "share",
+    "base", "loss", "loss_low", "loss_high",
+    "value", "low", "high", "mfu", "hfu", "mfu_causal", "tokens_per_s", "tokens_per_s_per_device", "total", "irreducible", "tokens", "share",
     "rope_theta", "usd", "software_year", "last_year", "distance", "spearman", "judged_spread", "left_out_spread",
     "mean_spearman",
 }  # fmt: skip
