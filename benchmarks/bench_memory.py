@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 
 from planner.files import to_json
-from planner.graph import build_step_graph
 from planner.layout import describe_layout
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.plan import build_request
@@ -152,9 +151,7 @@ def _planned(plan: dict[str, Any]) -> MemoryBreakdown:
     request = build_request(plan)
     job, layout = resolve(request), request.layout.complete()
     bare = {"context": 0.0, "collective_buffers": 0.0, "allocator_slack_fraction": 0.0}
-    graph = build_step_graph(
-        job.model, job.workload, layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
-    )
+    graph = job.graph(layout)
     return estimate_memory(graph, job.stack.model_copy(update=bare), job.cluster)
 
 

@@ -166,7 +166,7 @@ def _choice(request: Request, width: int, budget: Budget, inference_tokens: floa
     """A size with all the tokens that the budget pays for; None where it does not fit or the budget is used up by serving it."""
     base = load_model(request.model)
     model = llama_like(width, base.vocab_size, base.max_position_embeddings)
-    values = request.model_dump(by_alias=True, exclude_unset=True, exclude={"prediction", "provenance"})
+    values = request.as_given()
     values["model"] = model
     values["workload"] = {**values.get("workload", {}), "tokens": 1e9}
     plan = estimate(build_request(values))

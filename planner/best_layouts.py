@@ -17,7 +17,7 @@ from planner.layout import Layout, PartialLayout
 from planner.layout_grid import LayoutGrid
 from planner.layout_space import LayoutSpace, layout_space, no_layout
 from planner.memory import estimate_memory
-from planner.pricing import Prices, build_graph, price_grids
+from planner.pricing import Prices, price_grids
 from planner.resolve import Job
 from planner.timing import estimate_time
 
@@ -74,12 +74,11 @@ class Counts:
 
 @dataclass
 class Pool:
-    """The layouts of a job with the smallest times, at most `size` for each number of devices, and the one with the smallest memory."""
+    """The layouts of a job with the smallest times, at most `size` for each number of devices."""
 
     job: Job
     size: int = POOL_SIZE
     fastest: dict[int, list[Candidate]] = field(default_factory=dict)
-    smallest: Candidate | None = None
 
     def candidates(self) -> list[Candidate]:
         """All of them."""
@@ -99,7 +98,6 @@ class Pool:
                 known += [self._candidate(prices, n, int(place)) for place in places]
                 known.sort(key=lambda found: found.step_s)
                 del known[self.size :]
-        self._keep_smallest(prices)
 
     def _candidate(self, prices: Prices, n: int, place: int) -> Candidate:
         w, b, num_sizes, r = prices.grid.shape
@@ -109,14 +107,6 @@ class Pool:
         least_s = float(prices.step_s[where]) * (1 - ROUNDING_FRACTION)
         return Candidate(self.job, prices.grid, index, int(prices.grid.num_devices[n]), least_s, float(prices.peak_bytes[where]))
 
-    def _keep_smallest(self, prices: Prices) -> None:
-        held = np.where(prices.grid.legal, prices.peak_bytes, np.inf)
-        index = int(np.argmin(held))
-        if self.smallest is None or held.flat[index] < self.smallest.peak_bytes:
-            where = np.unravel_index(index, prices.grid.shape)
-            count = int(prices.grid.num_devices[where[2]])
-            self.smallest = Candidate(self.job, prices.grid, index, count, float(prices.step_s[where]), float(held.flat[index]))
-
 
 def scan_space(
     job: Job,
@@ -125,7 +115,7 @@ def scan_space(
     pools: Sequence[tuple[float, Pool]],
     step_limits: Mapping[str, Mapping[int, float]] | None = None,
 ) -> None:
-    """Prices a whole space and fills the pools, each with what needs at most so many bytes.
+    """Prices a whole space and fills the pools, each with what fits and needs at most so many bytes.
 
     Args:
         step_limits: reason -> number of devices -> seconds of a step beyond which a layout is out for that reason.
@@ -139,16 +129,16 @@ def scan_space(
         counts.refuse("memory", num_legal - num_fits)
         for reason, longest_s in (step_limits or {}).items():
             longest = np.array([longest_s[count] for count in prices.grid.num_devices.tolist()])[:, None]
-            legal = legal & (prices.step_s * (1 - ROUNDING_FRACTION) <= longest)
-            counts.refuse(reason, int(np.count_nonzero(fits)) - int(np.count_nonzero(fits & legal)))
-            fits = fits & legal
+            kept = fits & (prices.step_s * (1 - ROUNDING_FRACTION) <= longest)
+            counts.refuse(reason, int(np.count_nonzero(fits)) - int(np.count_nonzero(kept)))
+            fits = kept
         for limit_bytes, pool in pools:
-            pool.add(prices, legal & (prices.peak_bytes <= limit_bytes))
+            pool.add(prices, fits & (prices.peak_bytes <= limit_bytes))
 
 
 def exact_price(job: Job, layout: Layout) -> tuple[float, float]:
     """(seconds per step, peak bytes) of one layout, as `estimate` gives them."""
-    graph = build_graph(job, layout)
+    graph = job.graph(layout)
     time = estimate_time(graph, job.cluster, job.efficiency, job.nearby, job.software_year)
     return float(time.step_s), float(estimate_memory(graph, job.stack, job.cluster).peak_bytes)
 
@@ -197,5 +187,16 @@ def complete_layout(job: Job, given: PartialLayout) -> tuple[Layout, list[str]]:
         found = next(best_first(pool.candidates(), lambda each: each.step_s, exact_candidate), None)
         if found is not None:
             return found.layout, [f"layout: the fastest {among} {kind}"]
-    assert tight.smallest is not None
-    return tight.smallest.layout, [f"layout: none {among} fits; this one needs least memory"]
+    return _smallest(job, space), [f"layout: none {among} fits; this one needs least memory"]
+
+
+def _smallest(job: Job, space: LayoutSpace) -> Layout:
+    """The layout of a space that needs least memory; the first of several."""
+    least_bytes, layout = np.inf, None
+    for prices in price_grids(job, space.grids):
+        held = np.where(prices.grid.legal, prices.peak_bytes, np.inf)
+        index = int(np.argmin(held))
+        if held.flat[index] < least_bytes:
+            least_bytes, layout = held.flat[index], prices.grid.layout(index)
+    assert layout is not None
+    return layout

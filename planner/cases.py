@@ -13,7 +13,7 @@ from typing import Any
 from planner.best_layouts import complete_layout
 from planner.errors import InputError
 from planner.files import to_json
-from planner.graph import StepGraph, build_step_graph
+from planner.graph import StepGraph
 from planner.layout_rules import check_layout
 from planner.measured_requests import to_request
 from planner.measured_values import measured_step_s
@@ -62,9 +62,7 @@ def measure_request(
     layout, _ = complete_layout(job, request.layout)
     check_layout(layout, job.facts)
     check_schedule(layout.schedule, layout.pp, layout.num_virtual_stages, job.global_batch_size // (layout.dp * layout.micro_batch_size))
-    graph = build_step_graph(
-        job.model, job.workload, layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
-    )
+    graph = job.graph(layout)
     work = step_work(graph, job.cluster, job.efficiency)
     return Measured(name, request, job, graph, work, step_s, peak_bytes, _configuration(job, graph) if group is None else group, weight_factor)
 

@@ -7,7 +7,6 @@ optional piece is missing, 130 interrupted.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -19,7 +18,7 @@ from typer.exceptions import TyperException
 from planner.cli_advise import add_commands as add_advise_commands
 from planner.cli_calibrate import add_commands as add_calibrate_commands
 from planner.cli_export import add_commands as add_export_commands
-from planner.cli_options import JsonFlag, read_request, takes_request
+from planner.cli_options import JsonFlag, read_request, show_progress, takes_request, terminal_width
 from planner.cli_search import add_commands as add_search_commands
 from planner.cli_sensitivity import add_commands as add_sensitivity_commands
 from planner.cli_trace import add_commands as add_trace_commands
@@ -76,13 +75,13 @@ def _report(plan: Any, request: Any) -> str:
     """The plan as text and, where it does not fit, what would."""
     from planner.report.plan_text import render_plan
 
-    text = render_plan(plan, _width(), hints=sys.stdout.isatty())
+    text = render_plan(plan, terminal_width(), hints=sys.stdout.isatty())
     if plan.fits:
         return text
     from planner.remedies import find_remedies
     from planner.report.remedies_text import render_remedies
 
-    return text + "\n" + render_remedies(plan, find_remedies(request), _width())
+    return text + "\n" + render_remedies(plan, find_remedies(request), terminal_width())
 
 
 def _gates(budget: str | None, max_days: str | None) -> list[tuple[str, Any]]:
@@ -100,10 +99,6 @@ def _gates(budget: str | None, max_days: str | None) -> list[tuple[str, Any]]:
     return gates
 
 
-def _width() -> int:
-    return shutil.get_terminal_size((80, 24)).columns
-
-
 @app.command(epilog="Example: planner explain plan.yaml memory.breakdown_bytes.activations")
 def explain(
     plan: Annotated[str, typer.Argument(metavar="PLAN.yaml")],
@@ -118,7 +113,7 @@ def explain(
     from planner.report.explain_text import render_explanation
 
     found = run(read_request(plan, {}), key)
-    sys.stdout.write(to_json(asdict(found)) if as_json else render_explanation(found, _width()))
+    sys.stdout.write(to_json(asdict(found)) if as_json else render_explanation(found, terminal_width()))
 
 
 @app.command(epilog="Example: planner memory plan.yaml --svg memory.svg")
@@ -139,7 +134,7 @@ def memory(
         raise InputError.single("stage", stage, f"must be 0 to {len(timeline.stages) - 1}", "name a stage of the plan")
     if svg is not None:
         write_text(svg, draw_memory(timeline))
-    sys.stdout.write(to_json(timeline.to_dict()) if as_json else render_memory(timeline, stage, _width()))
+    sys.stdout.write(to_json(timeline.to_dict()) if as_json else render_memory(timeline, stage, terminal_width()))
 
 
 @app.command(epilog="Example: planner compare a.yaml b.yaml")
@@ -155,7 +150,7 @@ def compare(plans: Annotated[list[str], typer.Argument(metavar="PLAN.yaml PLAN.y
     if not 2 <= len(plans) <= 6:
         raise InputError.single("plans", len(plans), "compare takes 2 to 6 plans", "name 2 to 6 plan files")
     found = run([estimate_one(read_request(path, {})) for path in plans])
-    sys.stdout.write(to_json(asdict(found)) if as_json else render_comparison(found, _width()))
+    sys.stdout.write(to_json(asdict(found)) if as_json else render_comparison(found, terminal_width()))
 
 
 @app.command(epilog="Example: planner catalog accelerators h100-80gb-sxm")
@@ -174,7 +169,7 @@ def catalog(
     if kind not in KINDS:
         raise unknown_name("kind", kind, list(KINDS))
     path = Path(extra) if extra else None
-    width = _width() if sys.stdout.isatty() else 400
+    width = terminal_width() if sys.stdout.isatty() else 400
     if name is not None:
         found = entry(kind, name, path)
         sys.stdout.write(to_json(found) if as_json else render_entry(found, width=width))
@@ -200,10 +195,8 @@ def validate(
 
 
 def _progress(done: int, total: int) -> None:
-    """How far long work is, on standard error, for people who watch."""
-    if sys.stderr.isatty() and (done % PROGRESS_ROWS == 0 or done == total):
-        sys.stderr.write("\r" + " " * 40 + "\r" if done == total else f"\r{done:,} of {total:,} rows")
-        sys.stderr.flush()
+    if done % PROGRESS_ROWS == 0 or done == total:
+        show_progress(done, total, "rows")
 
 
 def _fail(error: PlannerError, as_json: bool) -> int:

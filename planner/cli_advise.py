@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from planner.cli_options import JsonFlag, read_request, takes_request
+from planner.cli_options import JsonFlag, number_of, read_request, takes_request
 
 __all__ = ["add_commands"]
 
@@ -33,11 +33,10 @@ def advise(
     from planner.advice import advise as run
     from planner.files import to_json
     from planner.report.advice_text import advice_to_dict, render_advice
-    from planner.units import parse_count
 
     amounts = (("--budget", budget), ("--max-days", max_days), ("--flops", flops))
-    spent = Budget(*(None if text is None else parse_count(text, key) for key, text in amounts))
-    served = 0.0 if inference_tokens is None else parse_count(inference_tokens, "--inference-tokens")
+    spent = Budget(*(number_of(text, key) for key, text in amounts))
+    served = number_of(inference_tokens, "--inference-tokens") or 0.0
     request = read_request(plan, {"model": "llama-3.1-8b", **given} if plan is None else given)
     found = run(request, spent, served, _progress)
     if out is not None:

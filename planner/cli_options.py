@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import shutil
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any
@@ -11,7 +13,7 @@ import typer
 
 from planner.errors import InputError
 
-__all__ = ["JsonFlag", "read_request", "takes_request"]
+__all__ = ["JsonFlag", "number_of", "read_request", "show_progress", "takes_request", "terminal_width"]
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 OPTIONS: dict[str, tuple[str, str]] = {
@@ -88,3 +90,22 @@ def read_request(path: str | None, given: dict[str, str]) -> Any:
     if not isinstance(values, dict):
         return build_request(values, where)
     return build_request(put_options(values, given), where)
+
+
+def number_of(text: str | None, key: str) -> float | None:
+    """The number in an option's text, e.g. 100k; None where the option is not given."""
+    from planner.units import parse_count
+
+    return None if text is None else parse_count(text, key)
+
+
+def terminal_width() -> int:
+    """Columns to write in."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def show_progress(done: int, total: int, what: str = "") -> None:
+    """How far long work is, on standard error, for people who watch; the line goes when all is done."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\r" + " " * 40 + "\r" if done == total else f"\r{done:,} of {total:,} {what}".rstrip())
+        sys.stderr.flush()

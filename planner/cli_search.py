@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from planner.cli_options import JsonFlag, read_request, takes_request
+from planner.cli_options import JsonFlag, number_of, read_request, show_progress, takes_request, terminal_width
 from planner.errors import InputError
 
 __all__ = ["add_commands"]
@@ -54,7 +54,7 @@ def search(
 
     if top < 1:
         raise InputError.single("--top", top, "must be 1 or more", "leave it out for 5")
-    usd, days, most = (_number(text, key) for text, key in ((budget, "--budget"), (max_days, "--max-days"), (max_devices, "--max-devices")))
+    usd, days, most = (number_of(text, key) for text, key in ((budget, "--budget"), (max_days, "--max-days"), (max_devices, "--max-devices")))
     limits = Limits(usd, days, None if most is None else int(most))
     values: dict[str, Any] = {"precision": _listed(precision), "recompute": _listed(recompute), "pricing": _listed(pricing)}
     request, counts = _request(plan, given, accelerator, num_devices, limits, values)
@@ -63,18 +63,12 @@ def search(
     found = run(request, hardware, wanted, _progress)
     if out is not None and found.plans:
         found.save(out)
-    sys.stdout.write(to_json(search_to_dict(found)) if as_json else render_search(found, out))
+    sys.stdout.write(to_json(search_to_dict(found)) if as_json else render_search(found, out, terminal_width()))
     raise typer.Exit(0 if found.plans else 3)
 
 
 def _listed(text: str | None) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()] if text else []
-
-
-def _number(text: str | None, key: str) -> float | None:
-    from planner.units import parse_count
-
-    return None if text is None else parse_count(text, key)
 
 
 def _request(
@@ -118,6 +112,5 @@ def _counts(text: str | None) -> list[int]:
 
 
 def _progress(done: int, total: int) -> None:
-    if sys.stderr.isatty() and total > 1:
-        sys.stderr.write("\r" + " " * 40 + "\r" if done == total else f"\r{done} of {total} machines and policies")
-        sys.stderr.flush()
+    if total > 1:
+        show_progress(done, total, "machines and policies")

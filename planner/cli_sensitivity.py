@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from planner.cli_options import JsonFlag, read_request, takes_request
+from planner.cli_options import JsonFlag, read_request, show_progress, takes_request
 from planner.errors import InputError
 
 __all__ = ["add_commands"]
@@ -43,7 +43,7 @@ def sensitivity(
         tornado = make_tornado(request, of)
         sys.stdout.write(to_json(asdict(tornado)) if as_json else render_tornado(tornado))
         return
-    table = make_table(request, _varied(vary, "--vary"), _varied(against, "--against"), of, _progress)
+    table = make_table(request, _varied(vary, "--vary"), _varied(against, "--against"), of, show_progress)
     sys.stdout.write(to_json(asdict(table)) if as_json else render_table(table))
 
 
@@ -61,7 +61,7 @@ def sweep(
     from planner.sweep import sweep as run
 
     values = dict(_varied(each, "--vary") for each in vary)
-    added = run(read_request(plan, given), values, out, resume=resume, progress=_progress)
+    added = run(read_request(plan, given), values, out, resume=resume, progress=show_progress)
     sys.stdout.write(to_json({"out": out, "rows_added": added}) if as_json else f"{added} rows added to {out}\n")
 
 
@@ -71,9 +71,3 @@ def _varied(text: str, key: str) -> tuple[str, list[str]]:
     if not name.strip() or not found:
         raise InputError.single(key, text, "must be an option and its values", "write num_devices=64,128,256")
     return name.strip().lstrip("-").replace("-", "_").rsplit(".", 1)[-1], found
-
-
-def _progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write("\r" + " " * 40 + "\r" if done == total else f"\r{done:,} of {total:,}")
-        sys.stderr.flush()

@@ -7,7 +7,6 @@ from typing import Any
 from planner.assemble import assemble_plan
 from planner.best_layouts import complete_layout
 from planner.economics import estimate_cost, estimate_goodput
-from planner.graph import build_step_graph
 from planner.layout_rules import check_layout
 from planner.memory import estimate_memory
 from planner.plan import Plan, Request, build_request
@@ -39,9 +38,7 @@ def estimate(request: Request | dict[str, Any]) -> Plan:
     check_layout(layout, job.facts)
     check_schedule(layout.schedule, layout.pp, layout.num_virtual_stages, job.global_batch_size // (layout.dp * layout.micro_batch_size))
 
-    graph = build_step_graph(
-        job.model, job.workload, layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
-    )
+    graph = job.graph(layout)
     memory = estimate_memory(graph, job.stack, job.cluster)
     time = estimate_time(graph, job.cluster, job.efficiency, job.nearby, job.software_year)
     num_steps = -(-job.tokens // (job.global_batch_size * job.seq_len))

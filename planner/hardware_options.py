@@ -133,7 +133,7 @@ def _offers(catalog: Catalog, hardware: Hardware) -> Iterator[Offer]:
         for value in values:
             if value not in have:
                 raise unknown_name(key, value, sorted(have), " (see planner catalog offers)")
-    patterns = [ANY if not hardware.offers else each for each in (hardware.offers or [ANY])]
+    patterns = hardware.offers or [ANY]
     for pattern in patterns:
         if pattern != ANY and not any(_matches(offer, pattern) for offer in known):
             raise unknown_name("--offer", pattern, [offer.id for offer in known], " (see planner catalog offers)")

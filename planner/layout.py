@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from planner.spec import PositiveInt, ScheduleName, Spec, ZeroStage
 
 __all__ = ["Layout", "LayoutArrays", "PartialLayout", "chunk_sizes", "describe_layout"]
@@ -101,14 +99,6 @@ class LayoutArrays:
     def num_devices(self) -> Any:
         """Devices that each layout occupies, [n]."""
         return self.dp * self.tp * self.cp * self.pp
-
-    def take(self, index: Any) -> LayoutArrays:
-        """The layouts at `index`."""
-        names = ("dp_replicate", "dp_shard", "tp", "cp", "ep", "zero_stage", "sequence_parallel", "micro_batch_size")
-        return LayoutArrays(
-            **{name: np.asarray(getattr(self, name))[index] for name in names},
-            pp=self.pp, num_virtual_stages=self.num_virtual_stages, schedule=self.schedule,
-        )  # fmt: skip
 
 
 def describe_layout(layout: Layout) -> str:

@@ -98,13 +98,7 @@ class NearbyRuns:
         Source: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, section 2.2.
         """
         places, shape = self._flat(graph, cluster, software_year)
-        apart = np.sum((self.places[:, ~_IS_OF_LAYOUT] - places[0, ~_IS_OF_LAYOUT]) ** 2, axis=1)
-        near = apart < FAR
-        if not near.any():
-            return np.zeros(shape)
-        # Of one job only the layouts differ: what the runs' jobs are apart goes into their weights, once.
-        weights = np.where(near, _weights(self) * np.exp(-apart / 2), 0.0)
-        heard = np.abs(weights) > UNHEARD * np.max(np.abs(weights))
+        weights, heard = self._heard(places[0])
         # Feature by feature: a matrix product would round differently for one layout and for many.
         squares = np.zeros((len(places), int(heard.sum())))
         for feature in np.flatnonzero(_IS_OF_LAYOUT):
@@ -120,7 +114,7 @@ class NearbyRuns:
         """
         places = layout_places(graph)
         shape = np.broadcast_shapes(*(place.shape for place in places))
-        weights, heard = self._heard(graph, cluster, software_year)
+        weights, heard = self._heard(self._flat(replace(graph, layout=Layout()), cluster, software_year)[0][0])
         if not heard.any():
             return np.zeros(1)
         layout = graph.layout
@@ -146,13 +140,15 @@ class NearbyRuns:
 
     def least_log_ratio(self, graph: StepGraph, cluster: Cluster, software_year: float | None = None) -> float:
         """What `log_ratio_over` can never be below, whatever the layout: the sum of its negative terms at their largest."""
-        weights, heard = self._heard(graph, cluster, software_year)
+        weights, heard = self._heard(self._flat(replace(graph, layout=Layout()), cluster, software_year)[0][0])
         return float(AMPLITUDE**2 * np.minimum(weights[heard], 0.0).sum())
 
-    def _heard(self, graph: StepGraph, cluster: Cluster, software_year: float | None) -> tuple[np.ndarray, np.ndarray]:
-        """(weights of the runs for this job, which of them are asked)."""
-        job = features_of(replace(graph, layout=Layout()), cluster, software_year or self.last_year) / _LENGTHS
-        apart = np.sum((self.places[:, ~_IS_OF_LAYOUT] - job[~_IS_OF_LAYOUT]) ** 2, axis=1)
+    def _heard(self, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(weights of the runs for a job, which of them are asked); `place`: of the job under any layout, [features].
+
+        Of one job only the layouts differ: what the runs' jobs are apart goes into their weights, once.
+        """
+        apart = np.sum((self.places[:, ~_IS_OF_LAYOUT] - place[~_IS_OF_LAYOUT]) ** 2, axis=1)
         weights = np.where(apart < FAR, _weights(self) * np.exp(-apart / 2), 0.0)
         return weights, np.abs(weights) > UNHEARD * np.max(np.abs(weights))
 

@@ -49,6 +49,10 @@ class Request(Spec):
     prediction: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
 
+    def as_given(self) -> dict[str, Any]:
+        """The keys that were given, as plain data; without what the planner adds."""
+        return self.model_dump(by_alias=True, exclude_unset=True, exclude={"prediction", "provenance"})
+
     @model_validator(mode="before")
     @classmethod
     def _empty_sections(cls, values: Any) -> Any:

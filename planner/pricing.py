@@ -9,22 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import groupby
 
 import numpy as np
 
+from planner.coefficients import Coefficients
 from planner.efficiency import format_code
-from planner.graph import StepGraph, build_step_graph, in_pipeline
-from planner.layout import Layout, LayoutArrays
+from planner.graph import StepGraph, in_pipeline
+from planner.layout import LayoutArrays
 from planner.layout_grid import LayoutGrid, pipeline_of
 from planner.memory import peak_memory
 from planner.part_memory import PartMemory, parts_memory
 from planner.resolve import Job
 from planner.step_work import PartWork, assemble_work, make_axis_groups, part_kernels, with_sharding
-from planner.timing import PartPasses, PartTimes, part_passes, part_times, whole_step_s
+from planner.timing import PartPasses, PartTimes, exposed_fsdp, part_passes, part_times, whole_step_s
 
-__all__ = ["Prices", "build_graph", "least_device_s", "price_grids"]
+__all__ = ["Prices", "least_device_s", "price_grids"]
 
 CACHED_ELEMENTS = 2**15
 """Layouts at once: 256 KiB a number of each, a few of which a core's second-level cache holds."""
@@ -37,11 +37,6 @@ class Prices:
     grid: LayoutGrid
     step_s: np.ndarray
     peak_bytes: np.ndarray
-
-    @cached_property
-    def is_legal(self) -> np.ndarray:
-        """Which of them count."""
-        return self.grid.legal
 
 
 def price_grids(job: Job, grids: Sequence[LayoutGrid]) -> Iterator[Prices]:
@@ -60,7 +55,7 @@ def _price(job: Job, grids: Sequence[LayoutGrid]) -> Iterator[Prices]:
     if not grids:
         return
     efficiency, cluster = job.efficiency, job.cluster
-    first = build_graph(job, replace(grids[0].layouts, dp_replicate=1, dp_shard=1, dp_in_all=None, zero_stage=0))
+    first = job.graph(replace(grids[0].layouts, dp_replicate=1, dp_shard=1, dp_in_all=None, zero_stage=0))
     kernels = None if efficiency.curves is not None else _kernels(job, first)
     for _, alike in groupby(grids, key=pipeline_of):
         passes: list[PartPasses] = []
@@ -72,11 +67,15 @@ def _price(job: Job, grids: Sequence[LayoutGrid]) -> Iterator[Prices]:
                 own = kernels or _kernels(job, graph)
                 parts = [with_sharding(work, graph, part, groups, cluster, efficiency) for part, (work, _) in zip(graph.parts, own, strict=True)]
                 held = parts_memory(graph, job.stack)
-                passes = [part_passes(part, times, efficiency.coefficients) for part, (_, times) in zip(parts, own, strict=True)]
+                passes = [_passes(part, times, efficiency.coefficients) for part, (_, times) in zip(parts, own, strict=True)]
             step_s = whole_step_s(assemble_work(graph, parts, groups, cluster, efficiency), passes, efficiency.coefficients)
             if job.nearby is not None:
                 step_s = step_s * np.exp(job.nearby.log_ratio_over(graph, cluster, job.software_year))
             yield Prices(grid, np.broadcast_to(step_s, grid.shape), np.broadcast_to(peak_memory(graph, job.stack, held), grid.shape))
+
+
+def _passes(part: PartWork, times: PartTimes, c: Coefficients) -> PartPasses:
+    return part_passes(part, times, exposed_fsdp(part, times, c), c)
 
 
 def least_device_s(job: Job, shards: LayoutArrays) -> float:
@@ -85,7 +84,7 @@ def least_device_s(job: Job, shards: LayoutArrays) -> float:
     Formula: the passes of all parts through the whole model, on every device of the (tp, cp) group, for all sequences of the batch; less what
     measured runs nearby may say at most. Left out, all of which only adds: messages of data parallelism, bubbles, the optimizer.
     """
-    graph = build_graph(job, shards)
+    graph = job.graph(shards)
     one = sum((times.forward_s + times.backward_s) * np.sum(part.counts) for part, (_, times) in zip(graph.parts, _kernels(job, graph), strict=True))
     whole = one * (job.global_batch_size / shards.micro_batch_size) * shards.tp * shards.cp
     nearby = 0.0 if job.nearby is None else job.nearby.least_log_ratio(graph, job.cluster, job.software_year)
@@ -97,10 +96,3 @@ def _kernels(job: Job, graph: StepGraph) -> list[tuple[PartWork, PartTimes]]:
     groups, efficiency = make_axis_groups(graph, job.cluster), job.efficiency
     works = [part_kernels(graph, part, groups, job.cluster, efficiency) for part in graph.parts]
     return [(work, part_times(work, efficiency.coefficients, format_code(job.precision.name))) for work in works]
-
-
-def build_graph(job: Job, layouts: Layout | LayoutArrays) -> StepGraph:
-    """The job's step under some layouts."""
-    return build_step_graph(
-        job.model, job.workload, layouts, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
-    )

@@ -13,8 +13,9 @@ from typing import Any
 from planner.architectures import load_model
 from planner.efficiency import Efficiency
 from planner.errors import InputError, Problem
-from planner.graph import count_params, make_numerics
+from planner.graph import StepGraph, build_step_graph, count_params, make_numerics
 from planner.hardware import Cluster, load_catalog
+from planner.layout import Layout, LayoutArrays
 from planner.layout_rules import Facts
 from planner.model_spec import ModelSpec
 from planner.nearby import NearbyRuns, load_nearby
@@ -63,6 +64,12 @@ class Job:
     def nearby(self) -> NearbyRuns | None:
         """Measured runs of this stack."""
         return load_nearby(self.stack.name)
+
+    def graph(self, layout: Layout | LayoutArrays) -> StepGraph:
+        """One step of the job under a layout, or under many."""
+        return build_step_graph(
+            self.model, self.workload, layout, self.numerics, self.precision, seq_len=self.seq_len, global_batch_size=self.global_batch_size
+        )
 
     @property
     def facts(self) -> Facts:

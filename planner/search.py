@@ -87,6 +87,10 @@ class _Field:
     exact: dict[tuple[int, int, int], Candidate] = field(default_factory=dict)
     """Layouts that were priced by themselves."""
     spaces: dict[Site, LayoutSpace] = field(default_factory=dict)
+    best: list[Point] = field(default_factory=list)
+    """Of what was looked at so far."""
+    front: list[Point] = field(default_factory=list)
+    """Likewise."""
     num_pruned: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -121,11 +125,11 @@ def search(
             seen.num_pruned += 1
         else:
             _scan(own.site, own.job, request.layout, seen)
+            seen.best = list(_best(seen))
+            seen.front = _front(seen) if wanted.pareto else []
         if progress is not None:
             progress(done + 1, len(jobs))
-    best = list(_best(seen))
-    plans = tuple(estimate(_request_of(request, point)) for point in best)
-    front = tuple(_front(seen)) if wanted.pareto else ()
+    plans = tuple(estimate(_request_of(request, point)) for point in seen.best)
     remedies = () if plans else tuple(_relaxed(request, hardware, wanted) if seen.counts.fits else find_remedies(request))
     return SearchResult(
         request,
@@ -136,7 +140,7 @@ def search(
         len(jobs),
         seen.num_pruned,
         plans,
-        front,
+        tuple(seen.front),
         remedies,
         clock.perf_counter() - start_s,
     )
@@ -232,10 +236,10 @@ def _may_be_better(each: _Job, seen: _Field) -> bool:
     hopes = [point for point in each.bounds.values() if keeps(point, wanted.limits)]
     if not hopes or not seen.entries:
         return not seen.entries  # one job is looked at all the same, so that there is something to tell
-    found = list(_best(seen))
+    found = seen.best
     if len(found) < wanted.top or min(value_of(point, wanted.objective) for point in hopes) <= value_of(found[-1], wanted.objective):
         return True
-    return wanted.pareto and not all(is_beaten(point, front) for front in [_front(seen)] for point in hopes)
+    return wanted.pareto and not all(is_beaten(point, seen.front) for point in hopes)
 
 
 def _scan(site: Site, job: Job, given: PartialLayout, seen: _Field) -> None:

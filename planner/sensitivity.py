@@ -15,7 +15,7 @@ from planner.options import option_places, put_options
 from planner.plan import Interval, Plan, Request, build_request
 from planner.registry import unknown_name
 
-__all__ = ["RESULTS", "Swing", "Table", "Tornado", "default_result", "estimate_changed", "make_table", "make_tornado", "result_of"]
+__all__ = ["RESULTS", "Swing", "Table", "Tornado", "check_option", "default_result", "estimate_changed", "make_table", "make_tornado", "result_of"]
 
 PRICE_FACTORS = (0.8, 1.2)
 """Negotiated discounts and price changes of a quarter; assumed."""
@@ -150,6 +150,17 @@ def _inputs(plan: Plan) -> Iterator[tuple[str, list[tuple[dict[str, str], str]],
         yield "price", [({"price": f"{price * factor!r}"}, f"{price * factor:.2f} USD/h") for factor in PRICE_FACTORS], "a fifth less and more"
 
 
+def check_option(name: str) -> None:
+    """Refuses what no plan has.
+
+    Raises:
+        InputError: an unknown option; the nearest ones are named.
+    """
+    known = [*option_places(), "model", "stack"]
+    if name not in known:
+        raise unknown_name("--vary", name, known)
+
+
 def estimate_changed(base: dict[str, Any], changes: dict[str, str]) -> tuple[Plan, bool]:
     """(the plan of a base with changed options, whether its layout is another): the base's layout where that is still legal.
 
@@ -186,10 +197,9 @@ def make_table(
         InputError: an unknown option or result, or a base that is wrong input.
     """
     for name, _ in (rows, columns):
-        if name not in option_places() and name not in ("model", "stack"):
-            raise unknown_name("--vary", name, [*option_places(), "model", "stack"])
+        check_option(name)
     key = result or default_result(estimate(request))
-    base = request.model_dump(by_alias=True, exclude_unset=True, exclude={"prediction", "provenance"})
+    base = request.as_given()
     cells, done, total = [], 0, len(rows[1]) * len(columns[1])
     for row in rows[1]:
         line = []

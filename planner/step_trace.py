@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from planner.estimate import estimate
-from planner.graph import build_step_graph
 from planner.plan import Plan, Request
 from planner.resolve import resolve
 from planner.schedules import SCHEDULES, Action
@@ -77,9 +76,7 @@ def trace_step(request: Request) -> StepTrace:
     """
     plan = estimate(request)
     job = resolve(plan.to_request())
-    graph = build_step_graph(
-        job.model, job.workload, plan.layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
-    )
+    graph = job.graph(plan.layout)
     work = step_work(graph, job.cluster, job.efficiency)
     c = job.efficiency.coefficients
     passes = _passes(work, [part_times(part, c, work.matmul_format) for part in work.parts], c)

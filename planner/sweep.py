@@ -17,10 +17,8 @@ from typing import Any
 from planner.errors import InputError
 from planner.files import read_text, to_json, write_text
 from planner.layout import describe_layout
-from planner.options import option_places
 from planner.plan import Plan, Request
-from planner.registry import unknown_name
-from planner.sensitivity import estimate_changed
+from planner.sensitivity import check_option, estimate_changed
 
 __all__ = ["OUTPUTS", "sweep"]
 
@@ -55,11 +53,10 @@ def sweep(
         InputError: an unknown option, a file that is there already, or one of another sweep.
     """
     for name, values in vary.items():
-        if name not in option_places() and name not in ("model", "stack"):
-            raise unknown_name("--vary", name, [*option_places(), "model", "stack"])
+        check_option(name)
         if not values:
             raise InputError.single("--vary", name, "has no values", f"write --vary {name}=V1,V2")
-    base = request.model_dump(by_alias=True, exclude_unset=True, exclude={"prediction", "provenance"})
+    base = request.as_given()
     mark = hashlib.sha256(to_json({"base": base, "vary": list(vary)}).encode()).hexdigest()[:12]
     columns = [*vary, *OUTPUTS, "error", "sweep"]
     done = _open(Path(out), columns, list(vary), mark, resume=resume)

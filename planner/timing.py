@@ -230,9 +230,9 @@ class PartPasses:
     """Gathers of new weights."""
 
 
-def part_passes(work: PartWork, times: PartTimes, c: Coefficients) -> PartPasses:
-    """What a pipeline needs to know of a part."""
-    gather, scatter = exposed_fsdp(work, times, c)
+def part_passes(work: PartWork, times: PartTimes, fsdp: tuple[Array, Array], c: Coefficients) -> PartPasses:
+    """What a pipeline needs to know of a part; `fsdp`: see `exposed_fsdp`."""
+    gather, scatter = fsdp
     return PartPasses(
         times.forward_s + gather, sum(times.backward_input.values()) + times.recompute + scatter, sum(times.backward_weight.values(), 0.0),
         work.data_parallel_reduce.seconds(c), work.data_parallel_gather.seconds(c),
@@ -246,11 +246,16 @@ def whole_step_s(work: StepWork, passes: Sequence[PartPasses], c: Coefficients) 
     if schedule.looks_at_ends:
         stages = Stages.alike(runs)
         runs = runs[:, stages.firsts]
-    forward, backward, weight, reduce_s, gather_s = (_over_stages([getattr(own, field.name) for own in passes], runs) for field in fields(PartPasses))
+    forward, backward, weight, reduce_s, gather_s = _of_stages(passes, runs)
     transfer_s = work.stage_transfer.seconds(c) * (1 - c.pipeline_overlap)
     path_s = schedule.longest_path_s(forward, backward, weight, transfer_s, stages, work.num_virtual_stages, work.num_microbatches)
     worked_s = path_s + largest(_exposed_once(reduce_s, gather_s, c, backward + weight, forward))
     return worked_s + sum(_besides(work, c, worked_s))
+
+
+def _of_stages(passes: Sequence[PartPasses], runs: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Each field of `PartPasses` summed over the parts of a stage, [..., pp]."""
+    return tuple(_over_stages([getattr(own, field.name) for own in passes], runs) for field in fields(PartPasses))
 
 
 def _besides(work: StepWork, c: Coefficients, worked_s: Array) -> tuple[Array, Array, Array]:
@@ -268,10 +273,8 @@ def time_step(work: StepWork, c: Coefficients) -> TimeBreakdown:
     schedule, m, runs = SCHEDULES[work.schedule], work.num_microbatches, work.runs
     times = [part_times(part, c, work.matmul_format) for part in work.parts]
     fsdp = [exposed_fsdp(part, own, c) for part, own in zip(work.parts, times, strict=True)]
-    forward = _over_stages([own.forward_s + gather for own, (gather, _) in zip(times, fsdp, strict=True)], runs)
-    returned = [sum(own.backward_input.values()) + own.recompute + scatter for own, (_, scatter) in zip(times, fsdp, strict=True)]
-    backward = _over_stages(returned, runs)
-    weight = _over_stages([sum(own.backward_weight.values(), 0.0) for own in times], runs)
+    passes = [part_passes(part, own, both, c) for part, own, both in zip(work.parts, times, fsdp, strict=True)]
+    forward, backward, weight, reduce_s, gather_s = _of_stages(passes, runs)
 
     worked = worked_runs(runs, work.schedule)
     busy = schedule.resident(forward + backward + weight) / schedule.parameter_copies
@@ -286,7 +289,7 @@ def time_step(work: StepWork, c: Coefficients) -> TimeBreakdown:
         spent = [_kind_s(own, both, kind) * count for own, both, count in zip(times, fsdp, counts, strict=True)]
         on_slowest[kind] = sum(spent) * m
     on_slowest |= {name: on_slowest.pop(kind) for kind, name in NAMES_OF_KINDS.items()}
-    data_parallel = np.max(exposed_data_parallel(work, c, backward + weight, forward), axis=-1)
+    data_parallel = np.max(_exposed_once(reduce_s, gather_s, c, backward + weight, forward), axis=-1)
     optimizer_s, straggling_s, overhead_s = _besides(work, c, sum(on_slowest.values()) + bubble + data_parallel)
     return TimeBreakdown(
         **on_slowest,

@@ -17,7 +17,6 @@ from planner.assemble import QUANTILE_90
 from planner.errors import InputError, shorten
 from planner.estimate import estimate
 from planner.files import to_json
-from planner.graph import build_step_graph
 from planner.layout import describe_layout
 from planner.measured_requests import inferred, to_request
 from planner.measured_values import measured_memory_bytes, measured_step_s, memory_kind, predicted_memory_bytes
@@ -309,9 +308,7 @@ def _known_run(plan: Plan, measured_step_s: float) -> KnownRun | None:
     job = resolve(plan.to_request())
     if job.nearby is None:
         return None
-    graph = build_step_graph(
-        job.model, job.workload, plan.layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
-    )
+    graph = job.graph(plan.layout)
     return job.nearby.same(graph, job.cluster, measured_step_s, job.software_year)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.estimate import estimate
-from planner.graph import Part, StepGraph, build_step_graph
+from planner.graph import Part, StepGraph
 from planner.memory import MemoryBreakdown, estimate_memory
 from planner.op_cost import OpCost
 from planner.plan import Plan, Request
@@ -84,9 +84,7 @@ class Trace:
         """
         plan = estimate(request)
         job = resolve(plan.to_request())
-        graph = build_step_graph(
-            job.model, job.workload, plan.layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
-        )
+        graph = job.graph(plan.layout)
         names = part_keys([part.name for part in graph.parts])
         graph = replace(graph, parts=tuple(replace(part, name=name) for part, name in zip(graph.parts, names, strict=True)))
         memory, work = estimate_memory(graph, job.stack, job.cluster), step_work(graph, job.cluster, job.efficiency)

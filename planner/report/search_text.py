@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 from planner.layout import describe_layout
@@ -63,9 +62,9 @@ def _point(point: Point) -> dict[str, Any]:
     }
 
 
-def render_search(found: SearchResult, out: str | None) -> str:
+def render_search(found: SearchResult, out: str | None, width: int) -> str:
     """The plans, the Pareto front, and what was left out and why."""
-    width = max(shutil.get_terminal_size((80, 24)).columns, 60)
+    width = max(width, 60)
     blocks = [_looked_at(found, width)]
     blocks += [_plan(rank + 1, plan, found.plans[0], width) for rank, plan in enumerate(found.plans)]
     if found.pareto:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from planner.best_layouts import Counts, Pool, best_first, exact_candidate, scan_space
 from planner.errors import InputError
 from planner.estimate import estimate
-from planner.graph import build_step_graph
 from planner.hardware import Cluster
 from planner.layout import Layout, LayoutArrays, PartialLayout
 from planner.layout_rules import Facts, check_layout, legal_layouts
@@ -32,9 +31,7 @@ def job_of(request: dict[str, Any]) -> Job:
 
 
 def step_s(job: Job, layout: Layout, cluster: Cluster) -> float:
-    graph = build_step_graph(
-        job.model, job.workload, layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
-    )
+    graph = job.graph(layout)
     return float(estimate_time(graph, cluster, replace(job, cluster=cluster).efficiency).step_s)
 
 

@@ -15,7 +15,7 @@ from planner.layout import Layout, PartialLayout
 from planner.layout_space import layout_space
 from planner.nearby import AMPLITUDE, ELSEWHERE, FEATURES, SPREAD_FACTOR, NearbyRuns, features_of, load_nearby, make_nearby, run_noise
 from planner.plan import build_request
-from planner.pricing import build_graph, price_grids
+from planner.pricing import price_grids
 from planner.resolve import Job, resolve
 
 REQUEST: dict[str, Any] = {
@@ -29,11 +29,8 @@ KNOWN = {"left_out_error_fraction": 0.1, "left_out_spread": 0.1, "measured_step_
 
 
 def graph_of(job: Job, layout: Layout) -> StepGraph:
-    from planner.graph import build_step_graph
 
-    return build_step_graph(
-        job.model, job.workload, layout, job.numerics, job.precision, seq_len=job.seq_len, global_batch_size=job.global_batch_size
-    )
+    return job.graph(layout)
 
 
 def planned(**layout: Any) -> tuple[Job, StepGraph, Cluster]:
@@ -110,7 +107,7 @@ def test_many_layouts_are_corrected_as_each_alone() -> None:
         index = int(np.flatnonzero(prices.grid.legal)[-1])
         alone = estimate({**REQUEST, "layout": prices.grid.layout(index).model_dump()})
         assert alone.time.breakdown_s["correction"] != 0
-        graph = build_graph(job, prices.grid.layouts)
+        graph = job.graph(prices.grid.layouts)
         correction = np.broadcast_to(nearby_of(job).log_ratio_over(graph, job.cluster), prices.grid.shape).flat[index]
         assert np.log(alone.time.step_s.value / (alone.time.step_s.value - alone.time.breakdown_s["correction"])) == pytest.approx(
             correction, rel=1e-9
